@@ -1,0 +1,58 @@
+"""The ``sparse.*`` options: type, default, help, and the environment variable if any.
+
+``torch.compile(model, backend="sparse", options={"sparse.strict": True})`` sets one for one
+compilation; ``inductor_sparse.config.strict = True`` sets the default of the process.  The
+module is an ordinary torch config module, so ``config.patch`` works, and every value is
+part of Inductor's cache keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from torch.utils._config_module import Config, install_config_module
+
+ActivationFormat = Literal["auto", "exact", "2:4"]
+
+activation_format: str = "auto"
+strict: bool = Config(default=False, env_name_default="INDUCTOR_SPARSE_STRICT")
+dump_dir: str = Config(default="", env_name_default="INDUCTOR_SPARSE_DUMP_DIR")
+plan: str = Config(default="", env_name_default="INDUCTOR_SPARSE_PLAN")
+disabled_rules: str = Config(
+    default="", env_name_default="INDUCTOR_SPARSE_DISABLED_RULES"
+)
+weight_copies: bool = True
+max_density: float = 0.6
+adaptive: bool = True
+
+HELP: dict[str, str] = {
+    "activation_format": (
+        'Which rewrites of a sparse activation are allowed: "exact" skips zeros only, '
+        '"2:4" also the approximate 2:4 format where a device has kernels for it, '
+        '"auto" takes the best allowed for the device.'
+    ),
+    "strict": "Raise NothingAppliedError if a compiled graph has no applied site.",
+    "dump_dir": (
+        "Write graphs before and after each pass, their diffs, the decisions and the "
+        "generated kernels to this folder (created if missing); empty: no dump."
+    ),
+    "plan": "Path of a plan file made by inductor_sparse.calibrate(); empty: no plan.",
+    "disabled_rules": "Comma-separated names of rules that must not fire.",
+    "weight_copies": (
+        "Allow one row-contiguous copy of a weight that is stored [out, in]; without it "
+        "such sites stay dense unless the weight was prepared or frozen."
+    ),
+    "max_density": (
+        "A site whose planned density (fraction of non-zeros) is above this stays dense."
+    ),
+    "adaptive": (
+        "Let a site that is observed too dense to win at run time go back to dense."
+    ),
+}
+"""One line of help for each option; ``docs/options.md`` is generated from it."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {"activation_format": ("auto", "exact", "2:4")}
+"""Options that accept only these values."""
+
+install_config_module(sys.modules[__name__])
