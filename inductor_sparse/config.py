@@ -1,19 +1,15 @@
 """The ``sparse.*`` options: type, default, help, and the environment variable if any.
 
-``torch.compile(model, backend="sparse", options={"sparse.strict": True})`` sets one for one
-compilation; ``inductor_sparse.config.strict = True`` sets the default of the process.  The
-module is an ordinary torch config module, so ``config.patch`` works, and every value is
-part of Inductor's cache keys.
+``torch.compile(model, backend="sparse", options={"sparse.strict": True})`` sets one for
+one compilation; ``inductor_sparse.config.strict = True`` sets the default of the
+process.  The module is an ordinary torch config module, so ``config.patch`` works, and
+every value is part of Inductor's cache keys.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils._config_module import Config, install_config_module
-
-ActivationFormat = Literal["auto", "exact", "2:4"]
 
 activation_format: str = "auto"
 strict: bool = Config(default=False, env_name_default="INDUCTOR_SPARSE_STRICT")
@@ -25,6 +21,10 @@ disabled_rules: str = Config(
 weight_copies: bool = True
 max_density: float = 0.6
 adaptive: bool = True
+
+# Whatever stands above this line becomes an option (postponed annotations would too, and
+# would turn the types into text); whatever stands below is ordinary module data.
+install_config_module(sys.modules[__name__])
 
 HELP: dict[str, str] = {
     "activation_format": (
@@ -40,11 +40,12 @@ HELP: dict[str, str] = {
     "plan": "Path of a plan file made by inductor_sparse.calibrate(); empty: no plan.",
     "disabled_rules": "Comma-separated names of rules that must not fire.",
     "weight_copies": (
-        "Allow one row-contiguous copy of a weight that is stored [out, in]; without it "
-        "such sites stay dense unless the weight was prepared or frozen."
+        "Allow one row-contiguous copy of a weight that is stored [out, in]; without "
+        "it such sites stay dense unless the weight was prepared or frozen."
     ),
     "max_density": (
-        "A site whose planned density (fraction of non-zeros) is above this stays dense."
+        "A site whose planned density (fraction of non-zeros) is above this stays "
+        "dense."
     ),
     "adaptive": (
         "Let a site that is observed too dense to win at run time go back to dense."
@@ -54,5 +55,3 @@ HELP: dict[str, str] = {
 
 CHOICES: dict[str, tuple[Any, ...]] = {"activation_format": ("auto", "exact", "2:4")}
 """Options that accept only these values."""
-
-install_config_module(sys.modules[__name__])

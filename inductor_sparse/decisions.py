@@ -53,11 +53,12 @@ class Reason(str, enum.Enum):
 class Decision:
     """One site and how it ended.
 
-    ``shapes`` holds ``M`` (tokens), ``K`` (reduction), ``N`` (output features) as ints or
-    as the text of a symbolic size.  ``density`` and ``dropped_energy`` are fractions in
-    [0, 1], ``None`` until measured; ``expected_gain`` is the ratio dense / sparse time of
-    this matmul expected by :mod:`inductor_sparse.profitability`; ``weight_copy_bytes`` is
-    the extra memory held by a row-contiguous copy of the weight, 0 if none is needed.
+    ``shapes`` holds ``M`` (tokens), ``K`` (reduction), ``N`` (output features) as ints
+    or as the text of a symbolic size.  ``density`` and ``dropped_energy`` are fractions
+    in [0, 1], ``None`` until measured; ``expected_gain`` is the ratio dense / sparse
+    time of this matmul expected by :mod:`inductor_sparse.profitability`;
+    ``weight_copy_bytes`` is the extra memory held by a row-contiguous copy of the
+    weight, 0 if none is needed.
     """
 
     module: str
@@ -91,8 +92,8 @@ class Decision:
 class GraphDecisions:
     """Everything decided about one compiled graph.
 
-    ``from_cache`` is true when the graph came from a warm compile cache, so that no pass
-    ran and ``decisions`` is empty for that reason and no other.
+    ``from_cache`` is true when the graph came from a warm compile cache, so that no
+    pass ran and ``decisions`` is empty for that reason and no other.
     """
 
     graph: str
