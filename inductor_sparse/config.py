@@ -22,8 +22,8 @@ weight_copies: bool = True
 max_density: float = 0.6
 adaptive: bool = True
 
-# Whatever stands above this line becomes an option (postponed annotations would too, and
-# would turn the types into text); whatever stands below is ordinary module data.
+# Whatever stands above this line becomes an option (postponed annotations would too,
+# and would turn the types into text); whatever stands below is ordinary module data.
 install_config_module(sys.modules[__name__])
 
 HELP: dict[str, str] = {
