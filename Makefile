@@ -1,0 +1,55 @@
+# Everything a contributor types.  Each target sets up .venv by itself, once.
+#
+#   make demo                              train nothing, change nothing: see it work
+#   make test                              the test suite
+#   make test TORCH="torch==2.11.0"        the same with another torch
+#   make test PYTEST_ARGS="-k canonicalize -n 0"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+SETUP = @$(PYTHON) tools/setup_env.py --venv $(VENV) --torch '$(TORCH)' --extras
+
+.PHONY: help demo test lint format docs bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo:
+	$(SETUP) ''
+	@$(BIN)/python examples/quickstart.py
+
+test:
+	$(SETUP) test
+	@$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint:
+	$(SETUP) test,lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python tools/generate_docs.py --check
+
+format:
+	$(SETUP) test,lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs:
+	$(SETUP) ''
+	$(BIN)/python tools/generate_docs.py
+
+bench:
+	$(SETUP) bench
+	$(BIN)/python -m inductor_sparse bench ffn $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV)
