@@ -139,7 +139,7 @@ def test_threads_and_equal_names_never_share_a_folder(tmp_path: Path) -> None:
 def test_folder_names_the_compile_id_and_unsafe_names_are_cleaned(
     tmp_path: Path,
 ) -> None:
-    with compile_context(CompileContext(CompileId(3, 1))):
+    with compile_context(CompileContext(CompileId(frame_id=3, frame_compile_id=1))):
         writer = DumpWriter(str(tmp_path), "../we ird/name")
     writer.finish()
     assert writer.folder is not None
