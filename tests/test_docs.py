@@ -1,0 +1,52 @@
+"""The documents say what the code does: generated parts, tables, links, code blocks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mktestdocs
+import pytest
+
+from inductor_sparse.decisions import Reason
+from tools import check_sizes, generate_docs
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
+
+
+def page_id(page: Path) -> str:
+    """The name of a page below the root of the repository."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_generated_pages_are_fresh() -> None:
+    assert list(generate_docs.stale()) == []
+
+
+def test_every_reason_is_explained_once() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text()
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|", text, flags=re.MULTILINE)
+    assert rows == [reason.value for reason in Reason]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    local = [t.partition("#")[0] for t in targets if "://" not in t and t[0] != "#"]
+    assert [t for t in local if not (page.parent / t).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=page_id)
+def test_code_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The blocks of a page are one program, in order, run in a folder of its own.
+    monkeypatch.chdir(tmp_path)
+    mktestdocs.check_md_file(page, memory=True)
+
+
+def test_no_source_file_is_oversized() -> None:
+    assert check_sizes.oversized() == []
