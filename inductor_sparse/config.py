@@ -7,6 +7,7 @@ every value is part of Inductor's cache keys.
 """
 
 import sys
+import typing
 from typing import Any
 
 from torch.utils._config_module import Config, install_config_module
@@ -25,6 +26,9 @@ adaptive: bool = True
 # Whatever stands above this line becomes an option (postponed annotations would too,
 # and would turn the types into text); whatever stands below is ordinary module data.
 install_config_module(sys.modules[__name__])
+
+if typing.TYPE_CHECKING:
+    from torch.utils._config_typing import *  # noqa: F403
 
 HELP: dict[str, str] = {
     "activation_format": (

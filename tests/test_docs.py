@@ -8,6 +8,7 @@ from pathlib import Path
 import mktestdocs
 import pytest
 
+from inductor_sparse import config
 from inductor_sparse.decisions import Reason
 from tools import check_sizes, generate_docs
 
@@ -23,6 +24,12 @@ def page_id(page: Path) -> str:
 
 def test_generated_pages_are_fresh() -> None:
     assert list(generate_docs.stale()) == []
+
+
+def test_every_option_is_listed() -> None:
+    listed = {option.name: option for option in generate_docs.declared_options()}
+    assert set(listed) == set(config.get_config_copy()) == set(config.HELP)
+    assert listed["plan"].variable == "INDUCTOR_SPARSE_PLAN"
 
 
 def test_every_reason_is_explained_once() -> None:

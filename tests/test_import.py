@@ -99,5 +99,5 @@ def test_every_public_name_resolves(name: str) -> None:
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'explian'"):
-        _ = inductor_sparse.explian
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = inductor_sparse.no_such_name

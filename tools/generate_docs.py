@@ -10,6 +10,7 @@ import ast
 import inspect
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from inductor_sparse import config
 
@@ -47,40 +48,57 @@ recompiles.
 """
 
 
-def environment_variables() -> dict[str, str]:
-    """Option name -> environment variable, read off the source of the config module.
+class Option(NamedTuple):
+    """One option as it is written in the config module."""
 
-    A torch config entry keeps the value it read but not where it read it from.
+    name: str
+    kind: str
+    default: object
+    variable: str
+
+
+def declared_options() -> list[Option]:
+    """Every option, read off the source of the config module.
+
+    Its entries at run time know neither the name of their environment variable nor a
+    default that such a variable has not yet changed.
     """
-    names = {}
+    options = []
     for node in ast.parse(inspect.getsource(config)).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
-            for keyword in node.value.keywords:
-                if keyword.arg == "env_name_default":
-                    names[ast.unparse(node.target)] = ast.literal_eval(keyword.value)
-    return names
+        if not isinstance(node, ast.AnnAssign) or node.value is None:
+            continue
+        name, value = ast.unparse(node.target), node.value
+        if name.isupper():
+            continue
+        given: dict[str | None, ast.expr] = {"default": value}
+        if isinstance(value, ast.Call):
+            given = {keyword.arg: keyword.value for keyword in value.keywords}
+        default = ast.literal_eval(given["default"])
+        variable = ast.literal_eval(given.get("env_name_default", ast.Constant("")))
+        options.append(Option(name, ast.unparse(node.annotation), default, variable))
+    return options
+
+
+def code(value: object) -> str:
+    """``value`` as Python, marked as code."""
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 
 def options_page() -> str:
     """The text of ``docs/options.md``."""
-    variables = environment_variables()
     rows = []
-    for name, entry in config._config.items():
-        variable = f"`{variables[name]}`" if name in variables else ""
-        accepts = " or ".join(
-            f'`"{choice}"`' for choice in config.CHOICES.get(name, ())
+    for option in declared_options():
+        choices = " or ".join(code(c) for c in config.CHOICES.get(option.name, ()))
+        variable = f"`{option.variable}`" if option.variable else ""
+        cells = (
+            f"`sparse.{option.name}`",
+            choices or f"`{option.kind}`",
+            code(option.default),
+            variable,
+            config.HELP[option.name],
         )
-        kind = accepts or f"`{config.get_type(name).__name__}`"
-        default = (
-            f'`"{entry.default}"`'
-            if isinstance(entry.default, str)
-            else (f"`{entry.default}`")
-        )
-        meaning = config.HELP[name]
-        rows.append(
-            f"| `sparse.{name}` | {kind} | {default} | {variable} | {meaning} |"
-        )
-    return OPTIONS_HEAD + "\n".join(rows) + "\n"
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return OPTIONS_HEAD + "".join(rows)
 
 
 def stale() -> dict[Path, str]:

@@ -1,0 +1,39 @@
+"""The laws about imports that import-linter has no contract for."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "inductor_sparse"
+COMPILER_FREE = ("config", "decisions", "errors", "formats", "ops", "reference")
+
+
+def imported(path: Path) -> set[str]:
+    """Every module a file imports, wherever in the file it does so."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", COMPILER_FREE)
+def test_semantics_know_no_compiler(module: str) -> None:
+    names = imported(PACKAGE / f"{module}.py")
+    assert [
+        n for n in names if n.startswith(("torch._inductor", "torch._dynamo"))
+    ] == []
+
+
+def test_torch_versions_are_never_compared() -> None:
+    # The reports may print the version; nothing may branch on it.
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                assert "torch.__version__" not in ast.unparse(node), path
