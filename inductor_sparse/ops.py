@@ -1,0 +1,295 @@
+"""The ops ``torch.ops.inductor_sparse.*``: schemas, fakes, gradients, default kernels.
+
+Importing this module registers them, once for the life of the process.  The default
+kernel of each op is its eager definition from :mod:`inductor_sparse.reference`, under
+the ``CompositeExplicitAutograd`` key: one registered for ``CPU`` or ``CUDA`` wins.
+
+Gradients are those of the dense product, so that training is not changed by a rewrite.
+``sparsify24`` and ``sparse24_mm`` have none, and say so when one is asked for.
+
+Shape legend: as in :mod:`inductor_sparse.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from inductor_sparse import formats, reference
+from inductor_sparse.errors import SparseError
+
+NAMESPACE = "inductor_sparse"
+
+SCHEMAS: dict[str, str] = {
+    "activation_spmm": "(Tensor z, Tensor w, str activation) -> Tensor",
+    "glu_spmm": (
+        "(Tensor gate, Tensor x, Tensor w_up, Tensor w_down, str activation) -> Tensor"
+    ),
+    "row_major_weight": (
+        "(Tensor weight, SymInt[] size, SymInt[] stride, SymInt storage_offset, "
+        "ScalarType dtype) -> Tensor"
+    ),
+    "sparsify24": "(Tensor x, str activation, str select) -> (Tensor, Tensor)",
+    "sparse24_mm": (
+        "(Tensor values, Tensor metadata, Tensor w, Tensor? row_scale=None, "
+        "Tensor? col_scale=None) -> Tensor"
+    ),
+}
+"""The schema of each op, without its name."""
+
+
+def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
+    """Select two of every four values of ``act(x)`` and pack them.
+
+    The selection is that of :func:`inductor_sparse.reference.sparsify24`, the result
+    the ``(values, metadata)`` of :mod:`inductor_sparse.formats`.
+
+    Raises:
+        SparseShapeError: not 2-D, dtype not supported, or an unknown name.
+    """
+    values, index = reference.sparsify24(x, activation, select)
+    return values, formats.pack_index(index, x.dtype)
+
+
+def sparse24_mm(
+    values: Tensor,
+    metadata: Tensor,
+    w: Tensor,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+) -> Tensor:
+    """Multiply a packed 2:4 operand by ``w [K, N]``; ``K`` is taken from ``w``.
+
+    See :func:`inductor_sparse.reference.sparse24_mm` for the meaning and the scales.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit.
+    """
+    reference.check_sparse24_mm(values, w, row_scale, col_scale)
+    dense = formats.unpack(values, metadata, w.shape[0])
+    return reference.sparse24_mm(dense, w, row_scale, col_scale)
+
+
+def _fake_activation_spmm(z: Tensor, w: Tensor, activation: str) -> Tensor:
+    reference.check_activation_spmm(z, w, activation)
+    return z.new_empty(*z.shape[:-1], w.shape[-1])
+
+
+def _fake_glu_spmm(
+    gate: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, activation: str
+) -> Tensor:
+    reference.check_glu_spmm(gate, x, w_up, w_down, activation)
+    return gate.new_empty(gate.shape[0], w_down.shape[1])
+
+
+def _fake_row_major_weight(
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    reference.check_window(weight, size, stride, storage_offset)
+    return weight.new_empty(size, dtype=dtype)
+
+
+def _fake_sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
+    reference.check_sparsify24(x, activation, select)
+    values = x.new_empty(formats.values_shape(*x.shape))
+    metadata = x.new_empty(formats.metadata_shape(*x.shape), dtype=torch.int32)
+    return values, metadata
+
+
+def _fake_sparse24_mm(
+    values: Tensor,
+    metadata: Tensor,
+    w: Tensor,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+) -> Tensor:
+    reference.check_sparse24_mm(values, w, row_scale, col_scale)
+    formats.check_packed(values, metadata, w.shape[0])
+    return values.new_empty(values.shape[0], w.shape[1])
+
+
+def _activation_gradient(grad_a: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``grad_a * act'(z)``, computed and rounded as eager autograd does."""
+    if activation == "identity":
+        return grad_a
+    r = torch.relu(z)
+    if activation == "relu2":
+        grad_a = grad_a * (2 * r)
+    return torch.ops.aten.threshold_backward(grad_a, r, 0)
+
+
+def _save_activation_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, w, ctx.activation = inputs
+    ctx.save_for_backward(z, w)
+
+
+def _activation_spmm_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, None]:
+    z, w = ctx.saved_tensors
+    grad_z = grad_w = None
+    if ctx.needs_input_grad[0]:
+        grad_z = _activation_gradient(grad @ w.mT, z, ctx.activation)
+    if ctx.needs_input_grad[1]:
+        grad_w = reference.ACTIVATIONS[ctx.activation](z).mT @ grad
+    return grad_z, grad_w, None
+
+
+def _save_glu_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _glu_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gate, x, w_up, w_down = ctx.saved_tensors
+    need_gate, need_x, need_up, need_down, _ = ctx.needs_input_grad
+    a_MF = reference.ACTIVATIONS[ctx.activation](gate)
+    # Recomputed: the forward did not compute all of it, let alone store it.
+    up_MF = x @ w_up.mT
+    grad_gate = grad_x = grad_up = grad_down = None
+    if need_gate or need_x or need_up:
+        grad_hidden = grad @ w_down.mT
+        grad_up_MF = grad_hidden * a_MF
+        if need_gate:
+            grad_gate = _activation_gradient(grad_hidden * up_MF, gate, ctx.activation)
+        if need_x:
+            grad_x = grad_up_MF @ w_up
+        if need_up:
+            grad_up = grad_up_MF.mT @ x
+    if need_down:
+        grad_down = (a_MF * up_MF).mT @ grad
+    return grad_gate, grad_x, grad_up, grad_down, None
+
+
+def _save_row_major_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, size, stride, storage_offset, _ = inputs
+    # Only the geometry: the weight may be updated in place before the backward runs.
+    ctx.weight = (weight.shape, weight.stride(), weight.dtype)
+    ctx.window = (size, stride, storage_offset)
+
+
+def _row_major_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    shape, weight_stride, dtype = ctx.weight
+    size, stride, storage_offset = ctx.window
+    axes = _permutation(shape, weight_stride, size, stride)
+    if axes is not None and storage_offset == 0:
+        grad_weight = grad.permute(axes)
+    else:
+        grad_weight = _scatter_window(grad, shape, weight_stride, ctx.window)
+    return grad_weight.to(dtype), None, None, None, None
+
+
+def _permutation(
+    shape: Sequence[int],
+    weight_stride: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+) -> list[int] | None:
+    """The axes that turn a window back into the weight, if it merely reorders them."""
+    reach = 0
+    for step, n in sorted(zip(weight_stride, shape, strict=True)):
+        if n > 1 and step <= reach:
+            return None  # elements of the weight share memory
+        reach += (n - 1) * step
+    axes = list(range(len(size)))
+    found = []
+    for n, step in zip(shape, weight_stride, strict=True):
+        match = [a for a in axes if size[a] == n and (stride[a] == step or n == 1)]
+        if not match:
+            return None
+        axes.remove(match[0])
+        found.append(match[0])
+    return None if axes else found
+
+
+def _memory_index(
+    size: Sequence[int], stride: Sequence[int], device: torch.device
+) -> Tensor:
+    """For each element of a strided tensor, its distance in memory from the first."""
+    index = torch.zeros((1,) * len(size), dtype=torch.int64, device=device)
+    for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
+        line = torch.arange(n, device=device) * step
+        index = index + line.view([-1 if a == axis else 1 for a in range(len(size))])
+    return index.expand(size)
+
+
+def _scatter_window(
+    grad: Tensor,
+    shape: Sequence[int],
+    weight_stride: Sequence[int],
+    window: tuple[Sequence[int], Sequence[int], int],
+) -> Tensor:
+    """The gradient of ``as_strided``: overlaps of the window add up.
+
+    Elements of the weight that share memory share its gradient equally, as in torch.
+    """
+    size, stride, storage_offset = window
+    extent = reference.strided_extent(shape, weight_stride)
+    to = _memory_index(shape, weight_stride, grad.device).reshape(-1)
+    source = _memory_index(size, stride, grad.device).reshape(-1) + storage_offset
+    memory = grad.new_zeros(extent).index_add(0, source, grad.reshape(-1))
+    sharing = grad.new_zeros(extent).index_add(0, to, grad.new_ones(to.shape))
+    return (memory[to] / sharing[to]).view(shape)
+
+
+def _no_gradient(op: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise SparseError(
+            f"{op} has no gradient; run it under torch.no_grad(), or train with "
+            f"torch.ops.{NAMESPACE}.activation_spmm, which is exact and has one"
+        )
+
+    return backward
+
+
+def _register(
+    name: str,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+) -> None:
+    """Define one op; without effect if it is defined, so that a reload is harmless.
+
+    The functional ``torch.library`` API ties nothing to the life of this module object.
+    """
+    if hasattr(getattr(torch.ops, NAMESPACE), name):
+        return
+    qualname = f"{NAMESPACE}::{name}"
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    torch.library.define(qualname, SCHEMAS[name], tags=tags)
+    torch.library.impl(qualname, "CompositeExplicitAutograd", eager)
+    torch.library.register_fake(qualname, fake)
+    torch.library.register_autograd(qualname, backward, setup_context=save)
+
+
+_register(
+    "activation_spmm",
+    reference.activation_spmm,
+    _fake_activation_spmm,
+    _activation_spmm_backward,
+    _save_activation_spmm,
+)
+_register(
+    "glu_spmm",
+    reference.glu_spmm,
+    _fake_glu_spmm,
+    _glu_spmm_backward,
+    _save_glu_spmm,
+)
+_register(
+    "row_major_weight",
+    reference.row_major_weight,
+    _fake_row_major_weight,
+    _row_major_weight_backward,
+    _save_row_major_weight,
+)
+_register("sparsify24", sparsify24, _fake_sparsify24, _no_gradient("sparsify24"))
+_register("sparse24_mm", sparse24_mm, _fake_sparse24_mm, _no_gradient("sparse24_mm"))
