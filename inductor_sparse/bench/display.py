@@ -1,0 +1,125 @@
+"""Tables and progress for the command line: rich on a terminal, plain text elsewhere.
+
+Tables go to standard output, progress to standard error, so that a table or JSON can be
+piped while progress stays visible.  Nothing here needs rich to be importable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from inductor_sparse.errors import SparseError
+
+QUIET_SECONDS = 2.0
+"""Work shorter than this shows no progress at all."""
+
+
+class TableError(SparseError, ValueError):
+    """A row has another number of cells than the table has headers."""
+
+
+def table_text(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces, one line per row, no colour and no frames.
+
+    Raises:
+        TableError: a row does not have one cell per header.
+    """
+    _check(headers, rows)
+    lines = [headers, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def print_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str] | None = None,
+) -> None:
+    """Print to standard output; ``styles`` are rich styles, one per row, for terminals.
+
+    Raises:
+        TableError: a row does not have one cell per header.
+    """
+    _check(headers, rows)
+    if not sys.stdout.isatty():
+        print(table_text(headers, rows))
+        return
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(table_text(headers, rows))
+        return
+    table = Table(*headers)
+    for index, row in enumerate(rows):
+        style = styles[index] if styles is not None else ""
+        table.add_row(*(Text(cell) for cell in row), style=style)
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
+    """Show how far a job of ``total`` steps is; yields ``update(message, steps_done)``.
+
+    A bar on a terminal, shown once the job has run for two seconds; elsewhere a line
+    per finished step, so that a log of a long job is neither empty nor full of bars.
+    """
+    if not sys.stderr.isatty():
+        yield _line_reporter(total, unit)
+        return
+    try:
+        from rich import progress as rich_progress
+        from rich.console import Console
+    except ImportError:
+        yield _line_reporter(total, unit)
+        return
+    columns = (
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("{task.description}", markup=False),
+    )
+    bar = rich_progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(unit, total=total)
+    started = time.monotonic()
+
+    def update(message: str, steps_done: int) -> None:
+        bar.update(task, completed=steps_done, description=message)
+        if not bar.live.is_started and time.monotonic() - started > QUIET_SECONDS:
+            bar.start()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _line_reporter(total: int, unit: str) -> Callable[[str, int], None]:
+    """An ``update`` that prints a line whenever a step was finished."""
+    reported = 0
+
+    def update(message: str, steps_done: int) -> None:
+        nonlocal reported
+        if steps_done > reported:
+            reported = steps_done
+            print(f"{steps_done}/{total} {unit}: {message}", file=sys.stderr)
+
+    return update
+
+
+def _check(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One cell per header in every row."""
+    for row in rows:
+        if len(row) != len(headers):
+            raise TableError(
+                f"{len(headers)} headers but {len(row)} cells: {list(row)}"
+            )

@@ -1,0 +1,172 @@
+"""Models and inputs whose activation density is known.
+
+Shape legend: ``M`` tokens, ``D`` features of the residual stream, ``F`` hidden
+features. All weights are random normal, stored ``[out, in]`` as ``nn.Linear`` stores
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+OPS = ("down", "ffn")
+ACTIVATIONS = ("relu2", "relu")
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """``relu(z)`` or ``relu(z) ** 2``, any shape, in the dtype of ``z``."""
+    rectified = torch.relu(z)
+    return rectified.square() if activation == "relu2" else rectified
+
+
+class Down(nn.Module):
+    """The second half of an FFN: pre-activation ``[M, F]`` -> ``[M, D]``, no bias."""
+
+    def __init__(self, features: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down = nn.Linear(hidden, features, bias=False)
+
+    def pre_activation(self, z_MF: Tensor) -> Tensor:
+        """The input itself."""
+        return z_MF
+
+    def forward(self, z_MF: Tensor) -> Tensor:
+        """``act(z) @ W_down^T``."""
+        return self.down(activate(z_MF, self.activation))
+
+
+class FeedForward(nn.Module):
+    """A whole FFN, ``[M, D]`` -> ``[M, D]``, multiplied by an up projection if gated.
+
+    Feature 0 of the input is constant and the first column of the first weight is -1:
+    the constant is a threshold, so it alone decides which fraction of hidden features
+    is positive (see :func:`make_input`), without touching the weights.
+    """
+
+    def __init__(
+        self, features: int, hidden: int, activation: str, gated: bool
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.Linear(features, hidden, bias=False)
+        self.up = nn.Linear(features, hidden, bias=False) if gated else None
+        self.down = nn.Linear(hidden, features, bias=False)
+
+    def pre_activation(self, x_MD: Tensor) -> Tensor:
+        """What the activation is applied to, ``[M, F]``."""
+        return self.gate(x_MD)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        """``act(x @ W_gate^T) [* (x @ W_up^T)] @ W_down^T``."""
+        hidden_MF = activate(self.gate(x_MD), self.activation)
+        if self.up is not None:
+            hidden_MF = hidden_MF * self.up(x_MD)
+        return self.down(hidden_MF)
+
+
+Model = Down | FeedForward
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """What fixes a model; ``op`` is of :data:`OPS`, ``dtype`` of :data:`DTYPES`."""
+
+    op: str
+    gated: bool
+    activation: str
+    dtype: str
+    features: int
+    hidden: int
+    device: str = "cpu"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights of the model."""
+        matrices = 1 if self.op == "down" else 2 + self.gated
+        return matrices * self.features * self.hidden * DTYPES[self.dtype].itemsize
+
+    def build(self, seed: int = 0) -> Model:
+        """The model in eval mode, on its device, with unit-variance pre-activations."""
+        with torch.device("meta"):
+            model = self._skeleton()
+        model = model.to(DTYPES[self.dtype]).to_empty(device=self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
+            if isinstance(model, FeedForward):
+                model.gate.weight[:, 0] = -1.0
+        return model.eval()
+
+    def _skeleton(self) -> Model:
+        """The module without storage."""
+        if self.op == "down":
+            return Down(self.features, self.hidden, self.activation)
+        return FeedForward(self.features, self.hidden, self.activation, self.gated)
+
+    def make_input(self, tokens: int, density: float, seed: int) -> Tensor:
+        """One input whose activation has the fraction ``density`` of non-zeros.
+
+        ``down``: ``[M, F]`` with independent signs, positive with probability
+        ``density``.  ``ffn``: ``[M, D]``, random directions of length ``sqrt(D)``
+        behind a constant first feature, the normal quantile at which that fraction of
+        the unit-variance pre-activations lies above it.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        width = self.hidden if self.op == "down" else self.features
+        x = torch.randn(tokens, width, generator=generator, device=self.device)
+        if self.op == "down":
+            positive = torch.rand(x.shape, generator=generator, device=self.device)
+            x = torch.where(positive < density, x.abs(), -x.abs())
+        else:
+            x[:, 0] = 0.0
+            x = x * (math.sqrt(width) / x.norm(dim=1, keepdim=True))
+            x[:, 0] = statistics.NormalDist().inv_cdf(1.0 - density)
+        return x.to(DTYPES[self.dtype])
+
+
+def measured_density(model: Model, inputs: list[Tensor]) -> float:
+    """Fraction of non-zeros of the activation over ``inputs``."""
+    nonzero = total = 0
+    with torch.no_grad():
+        for x in inputs:
+            hidden = activate(model.pre_activation(x), model.activation)
+            nonzero += int(hidden.count_nonzero())
+            total += hidden.numel()
+    return nonzero / total
+
+
+def max_relative_error(model: Model, x: Tensor, result: Tensor) -> float:
+    """Largest error of ``result`` against float64, over the largest true magnitude.
+
+    The reference uses the very same weights and inputs, widened to float64 one weight
+    at a time, so the number holds the rounding of the whole chain, the intermediate
+    included.
+    """
+    with torch.no_grad():
+        wide = x.double()
+        if isinstance(model, FeedForward):
+            hidden = activate(wide @ _wide(model.gate), model.activation)
+            if model.up is not None:
+                hidden = hidden * (wide @ _wide(model.up))
+        else:
+            hidden = activate(wide, model.activation)
+        expected = hidden @ _wide(model.down)
+        error = (result.double() - expected).abs().max()
+        return (error / expected.abs().max().clamp_min(1e-300)).item()
+
+
+def _wide(linear: nn.Linear) -> Tensor:
+    """The weight of a linear layer, transposed for ``x @ w``, in float64."""
+    return linear.weight.double().t()

@@ -1,0 +1,108 @@
+"""Rows of a benchmark and the file they live in: one JSON object per line.
+
+A row is flushed as soon as it is measured, so that an interrupted run keeps what it has
+and ``--resume`` can go on from there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from inductor_sparse.errors import SparseError
+
+Row = dict[str, Any]
+PROTOCOL = 1
+"""Raised whenever a change of method makes rows incomparable with older ones."""
+
+
+class RowFileError(SparseError, ValueError):
+    """A file of rows is missing or holds a line that is not a JSON object."""
+
+
+def machine(device: str) -> Row:
+    """The fields every row carries about where and from what it was made."""
+    return {
+        "device": device,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "vector_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "protocol": PROTOCOL,
+        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        ),
+    }
+
+
+def device_name(device: str) -> str:
+    """Marketing name of the CPU or of the current GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of the checkout this package runs from, ``-dirty`` if it was changed.
+
+    ``unknown`` for an installed wheel, or where git is missing.
+    """
+    folder = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def write_row(row: Row, stream: TextIO) -> None:
+    """Append one row as a line and push it to the disk or pipe at once."""
+    stream.write(json.dumps(row, allow_nan=False) + "\n")
+    stream.flush()
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a JSONL file.
+
+    Raises:
+        RowFileError: the file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RowFileError(f"cannot read rows from {path}: {error}") from error
+    return list(_parse(lines, path))
+
+
+def _parse(lines: Iterable[str], path: str | Path) -> Iterator[Row]:
+    """Rows of non-empty lines; errors name the line."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RowFileError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise RowFileError(f"{path}:{number}: expected a JSON object")
+        yield row

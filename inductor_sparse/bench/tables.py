@@ -1,0 +1,74 @@
+"""Rows of the benchmarks as text: which columns to show, and how to write a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from inductor_sparse.bench.rows import Row
+
+Column = tuple[str, Callable[[Row], str]]
+"""A header and what to write under it."""
+
+
+def _us(key: str) -> Callable[[Row], str]:
+    """Microseconds with as many digits as carry information."""
+    return lambda row: f"{row[key]:,.0f}" if row[key] >= 100 else f"{row[key]:.1f}"
+
+
+def _ratio(row: Row) -> str:
+    """``5.21x [5.10, 5.33]``."""
+    return f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+
+
+def _op(row: Row) -> str:
+    """The op, ``gated`` spelled out."""
+    return f"gated {row['op']}" if row["gated"] else row["op"]
+
+
+def _status(row: Row) -> str:
+    """``2 sites``, or why the model was left dense."""
+    if row["status"] == "applied":
+        return f"{row['sites_applied']} applied"
+    return f"dense: {row['reason']}"
+
+
+FFN: tuple[Column, ...] = (
+    ("op", _op),
+    ("tokens", lambda row: str(row["tokens"])),
+    ("dtype", lambda row: row["dtype"]),
+    ("non-zero", lambda row: f"{row['density_measured']:.1%}"),
+    ("dense us", _us("dense_us")),
+    ("sparse us", _us("sparse_us")),
+    ("dense / sparse [95 %]", _ratio),
+    ("verdict", lambda row: row["verdict"]),
+    ("max rel err", lambda row: f"{row['max_rel_err']:.1e}"),
+    ("best dense", lambda row: row["baseline"]),
+    ("sites", _status),
+)
+PACK: tuple[Column, ...] = (
+    ("op", lambda row: row["op"]),
+    ("size", lambda row: f"{row['rows']}x{row['columns']}"),
+    ("dtype", lambda row: row["dtype"]),
+    ("us", _us("op_us")),
+    ("GB/s", lambda row: f"{row['gb_per_s']:.2f}"),
+    ("copy GB/s", lambda row: f"{row['copy_gb_per_s']:.2f}"),
+    ("of copy speed [95 %]", _ratio),
+)
+COMPILE: tuple[Column, ...] = (
+    ("layers", lambda row: str(row["layers"])),
+    ("sites", lambda row: str(row["sites_applied"])),
+    ("inductor s", lambda row: f"{row['inductor_s']:.2f}"),
+    ("sparse s", lambda row: f"{row['sparse_s']:.2f}"),
+    ("sparse / inductor [95 %]", _ratio),
+    ("verdict", lambda row: row["verdict"]),
+)
+
+
+def cells(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str]]:
+    """The text of ``rows`` under ``columns``."""
+    return [[write(row) for _, write in columns] for row in rows]
+
+
+def headers(columns: Sequence[Column]) -> list[str]:
+    """The headers of ``columns``."""
+    return [header for header, _ in columns]

@@ -1,0 +1,250 @@
+"""``doctor``: is this machine able to run the backend, and if not, what to do.
+
+Every check imports what it needs by itself and an exception inside a check is a
+finding, not a crash: the command must work in exactly those installs that are broken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MINIMUM_PYTHON = (3, 10)
+MINIMUM_TORCH = (2, 11)
+ENTRY_POINT_GROUP = "torch_dynamo_backends"
+ENTRY_POINT = "sparse"
+REINSTALL_TORCH = "reinstall torch: pip install --force-reinstall 'torch>=2.11'"
+REINSTALL_PACKAGE = "pip install inductor-sparse (in a checkout: pip install -e .)"
+PROBE_SOURCE = """
+#include <cstdio>
+#include <omp.h>
+extern "C" int probe(void) { std::printf("%d", omp_get_max_threads()); return 0; }
+"""
+
+
+class CheckStatus(str, enum.Enum):
+    """``pass``; ``warn``: works, but slower or in part; ``fail``: does not work."""
+
+    PASS = "pass"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The outcome of one check; ``remedy`` is empty when it passed."""
+
+    name: str
+    status: CheckStatus
+    detail: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """A JSON-ready dict."""
+        return {**dataclasses.asdict(self), "status": self.status.value}
+
+
+def run_checks() -> list[Check]:
+    """Run every check of :data:`CHECKS` in order."""
+    return [_guarded(name, check, remedy) for name, check, remedy in CHECKS]
+
+
+def has_failure(checks: list[Check]) -> bool:
+    """Whether any check failed; warnings do not count."""
+    return any(check.status is CheckStatus.FAIL for check in checks)
+
+
+Outcome = tuple[CheckStatus, str, str]
+
+
+def _guarded(name: str, check: Callable[[], Outcome], remedy_if_raised: str) -> Check:
+    """Run one check; whatever it raises becomes its finding."""
+    try:
+        status, detail, remedy = check()
+    # A half-installed torch can raise anything, SystemError and RuntimeError included.
+    except Exception as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        detail = f"{type(error).__name__}: {text[0]}"
+        return Check(name, CheckStatus.FAIL, detail, remedy_if_raised)
+    return Check(name, status, detail, remedy)
+
+
+def _passed(detail: str) -> Outcome:
+    """A check that found nothing to do."""
+    return CheckStatus.PASS, detail, ""
+
+
+def check_python() -> Outcome:
+    """The interpreter is recent enough."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] >= MINIMUM_PYTHON:
+        return _passed(version)
+    return CheckStatus.FAIL, version, "use Python 3.10 or newer"
+
+
+def check_torch() -> Outcome:
+    """torch imports and is recent enough."""
+    import torch
+
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found >= MINIMUM_TORCH:
+        return _passed(torch.__version__)
+    return CheckStatus.FAIL, torch.__version__, "pip install --upgrade 'torch>=2.11'"
+
+
+def check_entry_point() -> Outcome:
+    """``backend="sparse"`` is registered and loads."""
+    group = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    if ENTRY_POINT not in group.names:
+        detail = f'no "{ENTRY_POINT}" in entry point group {ENTRY_POINT_GROUP}'
+        return CheckStatus.FAIL, detail, REINSTALL_PACKAGE
+    backend = group[ENTRY_POINT]
+    backend.load()
+    return _passed(f'backend="{ENTRY_POINT}" is {backend.value}')
+
+
+def check_compiler() -> Outcome:
+    """A C++ compiler is found and builds a shared library with OpenMP."""
+    compiler = _compiler()
+    remedy = "install a C++ compiler with OpenMP (g++ or clang++), or point CXX at one"
+    if compiler is None:
+        return CheckStatus.FAIL, "no C++ compiler found", remedy
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE_SOURCE, encoding="ascii")
+        output = str(Path(folder, "probe.so"))
+        command = [compiler, "-fopenmp", "-shared", "-fPIC", "-o", output, str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode == 0:
+        return _passed(compiler)
+    problem = (done.stderr.strip().splitlines() or ["no message"])[0]
+    return CheckStatus.FAIL, f"{compiler} cannot build with OpenMP: {problem}", remedy
+
+
+def _compiler() -> str | None:
+    """The compiler Inductor would use, or the first usual one if it cannot be asked."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return get_cpp_compiler()
+    # Inductor raises its own error types, and torch itself may be broken.
+    except Exception:
+        candidates = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+        found = (shutil.which(name) for name in candidates if name)
+        return next((path for path in found if path), None)
+
+
+def check_vector_isa() -> Outcome:
+    """Inductor finds vector instructions that our CPU kernels use."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    isa = str(pick_vec_isa())
+    if not pick_vec_isa():
+        remedy = (
+            "a CPU with AVX2 and a compiler that builds for it are needed for speed"
+        )
+        return CheckStatus.WARN, "none: kernels are scalar", remedy
+    if "avx512" in isa:
+        return _passed(isa)
+    return CheckStatus.WARN, isa, "works; AVX-512 doubles the width of each step"
+
+
+def check_avx512_bf16() -> Outcome:
+    """The CPU has the bf16 dot product."""
+    capable = _cpu_capabilities().get("avx512_bf16")
+    if capable:
+        return _passed("yes")
+    if capable is None:
+        return CheckStatus.WARN, "unknown on this system", "bf16 runs through fp32"
+    return CheckStatus.WARN, "no", "bf16 is widened to fp32: prefer fp32 on this CPU"
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows about the CPU, else the flags of ``/proc/cpuinfo``."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return {}
+    words = set(cpuinfo.read_text(encoding="utf-8").split())
+    return {"avx512_bf16": "avx512_bf16" in words}
+
+
+def check_threads() -> Outcome:
+    """torch uses no more threads than this process may run on."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    detail = f"{threads} of {cores} available cores"
+    if threads <= cores:
+        return _passed(detail)
+    return CheckStatus.WARN, detail, f"set OMP_NUM_THREADS={cores}"
+
+
+def check_cache_dir() -> Outcome:
+    """Inductor's cache folder can be written."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    folder = Path(cache_dir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return _passed(str(folder))
+    except OSError as error:
+        remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder you can write"
+        return CheckStatus.FAIL, f"{folder}: {error.strerror}", remedy
+
+
+def check_cuda() -> Outcome:
+    """CUDA devices; having none is fine on a CPU machine."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _passed("none (the CPU kernels need none)")
+    names = [
+        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+    ]
+    return _passed(", ".join(names))
+
+
+def check_triton() -> Outcome:
+    """triton is there if a GPU is."""
+    found = importlib.util.find_spec("triton") is not None
+    if found:
+        return _passed(importlib.metadata.version("triton"))
+    import torch
+
+    if not torch.cuda.is_available():
+        return _passed("absent, and not needed without a GPU")
+    return CheckStatus.FAIL, "absent", "pip install triton (Inductor needs it on a GPU)"
+
+
+CHECKS: tuple[tuple[str, Callable[[], Outcome], str], ...] = (
+    ("python", check_python, "use Python 3.10 or newer"),
+    ("torch", check_torch, REINSTALL_TORCH),
+    ("backend entry point", check_entry_point, REINSTALL_PACKAGE),
+    ("C++ compiler", check_compiler, "install g++ or clang++, or point CXX at one"),
+    ("vector instructions", check_vector_isa, REINSTALL_TORCH),
+    ("AVX512_BF16", check_avx512_bf16, REINSTALL_TORCH),
+    ("threads", check_threads, REINSTALL_TORCH),
+    ("cache folder", check_cache_dir, "set TORCHINDUCTOR_CACHE_DIR to a folder"),
+    ("CUDA devices", check_cuda, "check the driver with nvidia-smi"),
+    ("triton", check_triton, REINSTALL_TORCH),
+)
+"""Every check: the name it is reported under, the check, what to do if it raises."""
