@@ -1,0 +1,68 @@
+"""What a user can do about each reason for which a site stays dense."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from inductor_sparse.decisions import Decision, Reason
+
+HINTS: dict[Reason, str] = {
+    Reason.ACTIVATION_NOT_SPARSE: (
+        "this activation has no exact zeros to skip; ReLU, ReLU² and gated ReLU have"
+    ),
+    Reason.CLIPPED_ACTIVATION: (
+        "an activation clipped from above is not rewritten; use a plain ReLU or ReLU²"
+    ),
+    Reason.EXPONENT_NOT_TWO: (
+        "only relu(x) and relu(x) ** 2 are known; other powers stay dense"
+    ),
+    Reason.SYMBOLIC_EXPONENT: (
+        "the exponent is not a constant; write relu(x) ** 2 or relu(x).square()"
+    ),
+    Reason.NOT_ZERO_PRESERVING: (
+        "something between the activation and the matmul turns zeros into other "
+        "numbers, e.g. an added constant or a norm with a bias; move it elsewhere"
+    ),
+    Reason.UNSUPPORTED_DTYPE: (
+        "use float32, bfloat16 or float16, e.g. model.to(torch.float32)"
+    ),
+    Reason.UNSUPPORTED_SHAPE: (
+        "the shapes of this matmul are outside what the ops define; see the detail"
+    ),
+    Reason.WEIGHT_NOT_STATIC: (
+        "the weight is computed in the graph; make it a parameter or a buffer"
+    ),
+    Reason.WEIGHT_UNTRACKED: (
+        "changes of this weight cannot be seen, because it was made in inference mode; "
+        "load the model outside torch.inference_mode()"
+    ),
+    Reason.TRAINING_GRAPH: (
+        "this site is rewritten in inference only; run it under torch.no_grad()"
+    ),
+    Reason.HIGHER_ORDER_OP: (
+        "the FFN is inside torch.cond, checkpoint or the like; move it outside"
+    ),
+    Reason.NO_KERNEL_YET: "there is no kernel for this device in this release",
+    Reason.NOT_PROFITABLE: (
+        "skipping zeros would not be faster at these sizes; nothing needs to be done"
+    ),
+    Reason.TOO_DENSE: (
+        "too many non-zeros were measured; raise sparse.max_density only if the "
+        "benchmark of your shapes says that it pays"
+    ),
+    Reason.RULE_DISABLED: "the rule is named in sparse.disabled_rules; remove it there",
+}
+"""One remedy for each reason."""
+
+
+def hint(decisions: Iterable[Decision]) -> str:
+    """The remedy for the most common reason, or ``""`` if every site is applied.
+
+    Of equally common reasons the one met first wins.
+    """
+    reasons = Counter(d.reason for d in decisions if d.reason is not None)
+    if not reasons:
+        return ""
+    reason, _ = reasons.most_common(1)[0]
+    return f"{reason.value}: {HINTS[reason]}"

@@ -1,0 +1,152 @@
+"""Run a compiled graph node by node and measure the operand of every site.
+
+The graph is the one that Inductor would be given, after all passes; running it without
+generating kernels makes a report cost one eager forward.
+
+Shape legend: ``K`` reduction axis of a site's matmul, ``R`` rows of its left operand in
+all leading axes together (tokens).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from inductor_sparse import reference
+from inductor_sparse.decisions import GraphDecisions
+from inductor_sparse.errors import SparseShapeError
+
+SITE_META = "inductor_sparse_site"
+"""The node that computes a site carries the site's key under this name in its meta."""
+
+ENERGY_SAMPLE = 2**20
+"""Elements of one operand that the 2:4 loss is measured on: rows at even distances.
+Selecting two of four costs some twenty passes over the data, and the loss is a mean."""
+
+_ops = torch.ops.inductor_sparse
+_aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class SiteStats:
+    """What was seen at one site over all its executions; sums, so that they merge."""
+
+    elements: int = 0
+    nonzeros: int = 0
+    tokens: int = 0
+    calls: int = 0
+    max_density: float = 0.0
+    energy: float = 0.0
+    dropped: float = 0.0
+    max_dropped: float = 0.0
+    has_energy: bool = True
+
+    @property
+    def density(self) -> float | None:
+        """Fraction of non-zeros, ``None`` if every operand was empty."""
+        return self.nonzeros / self.elements if self.elements else None
+
+    @property
+    def dropped_energy(self) -> float | None:
+        """Energy-weighted mean of the 2:4 loss; ``None`` if it has no meaning here."""
+        if not self.has_energy or not self.elements:
+            return None
+        return min(1.0, self.dropped / self.energy) if self.energy else 0.0
+
+    def add(self, operand_RK: Tensor) -> None:
+        """Add one execution; ``operand_RK`` may have any number of leading axes."""
+        self.calls += 1
+        self.tokens += math.prod(operand_RK.shape[:-1])
+        if operand_RK.numel() == 0:
+            return
+        nonzeros = int(operand_RK.count_nonzero())
+        self.elements += operand_RK.numel()
+        self.nonzeros += nonzeros
+        self.max_density = max(self.max_density, nonzeros / operand_RK.numel())
+        self._add_energy(_sample(operand_RK))
+
+    def merge(self, other: SiteStats) -> None:
+        """Add everything that ``other`` has seen."""
+        for name in ("elements", "nonzeros", "tokens", "calls", "energy", "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max_density = max(self.max_density, other.max_density)
+        self.max_dropped = max(self.max_dropped, other.max_dropped)
+        self.has_energy = self.has_energy and other.has_energy
+
+    def _add_energy(self, sample_RK: Tensor) -> None:
+        try:
+            share = reference.dropped_energy(sample_RK, "identity", "largest_abs")
+        except SparseShapeError:  # a dtype that no op takes
+            self.has_energy = False
+            return
+        energy = float(sample_RK.double().square().sum())
+        if not math.isfinite(energy):
+            self.has_energy = False
+            return
+        self.energy += energy
+        self.dropped += share * energy
+        self.max_dropped = max(self.max_dropped, share)
+
+
+@dataclasses.dataclass
+class MeasuredGraph:
+    """One compiled graph: its decisions and, by site key, what its runs have seen."""
+
+    decisions: GraphDecisions
+    stats: dict[str, SiteStats] = dataclasses.field(default_factory=dict)
+
+
+class MeasuringInterpreter(fx.Interpreter):
+    """Executes a graph with eager ops and adds each site's operand to ``measured``."""
+
+    def __init__(self, gm: fx.GraphModule, measured: MeasuredGraph) -> None:
+        super().__init__(gm)
+        self._measured = measured
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Measure the operand if ``n`` is a site, then compute ``n`` as usual."""
+        site = n.meta.get(SITE_META)
+        if site is not None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            stats = self._measured.stats.setdefault(site, SiteStats())
+            stats.add(matmul_operand(n.target, args))
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Compute one op; a weight is viewed, so that a report leaves no copies."""
+        if target is _ops.row_major_weight.default:
+            weight, size, stride, offset, dtype = args
+            window = weight.as_strided(size, stride, weight.storage_offset() + offset)
+            return window.to(dtype)
+        return super().call_function(target, args, kwargs)
+
+
+def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
+    """The left operand that the matmul of a site multiplies, with its zeros.
+
+    Args:
+        target: the op of the node: one of ours, or the matmul that stayed dense.
+        args: its positional arguments as real tensors.
+    """
+    if target is _ops.activation_spmm.default:
+        z, _, activation = args
+        return reference.activation(z, activation)
+    if target is _ops.glu_spmm.default:
+        gate_RK, x, w_up, _, activation = args
+        open_RK = reference.activation(gate_RK, activation)
+        # A closed neuron is skipped whatever the other factor holds, NaN included.
+        return torch.where(open_RK == 0, 0, open_RK * (x @ w_up.mT))
+    if target in (_aten.addmm.default, _aten.baddbmm.default):
+        return args[1]
+    return args[0]
+
+
+def _sample(operand_RK: Tensor) -> Tensor:
+    """At most about :data:`ENERGY_SAMPLE` elements, as whole rows at even distances."""
+    rows = operand_RK.reshape(-1, operand_RK.shape[-1])
+    step = math.ceil(rows.numel() / max(ENERGY_SAMPLE, rows.shape[1]))
+    return rows[::step]
