@@ -11,8 +11,8 @@ A 2:4 operand ``[M, K]`` is stored as
   ``mma.sp`` as it is; 512 bytes cover a block.
 
 A group is a nibble ``i0 | i1 << 2`` with ``i0 < i1`` always: the hardware leaves any
-other nibble undefined, so padded rows hold the pair (0, 1).  Group ``j`` of a word is in
-its bits ``4j..4j+3``.  For thread ``t``, with ``w = t / 32``, ``r = t % 32 / 4`` and
+other nibble undefined, so padded rows hold the pair (0, 1).  Group ``j`` of a word is
+in bits ``4j..4j+3``.  For thread ``t``, with ``w = t / 32``, ``r = t % 32 / 4`` and
 ``q = t % 4``, the word holds
 
 - values of 16 bits or more: columns ``16q..16q+15``, of row ``16w + r`` in the low half
