@@ -1,0 +1,105 @@
+"""Every difference between torch versions: found by looking, not by version."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+GraphPass = Callable[[fx.Graph], Any]
+
+
+def as_pass_tuple(passes: Any) -> tuple[GraphPass, ...]:
+    """The graph passes in one of Inductor's slots: none, one, or several.
+
+    Older torch allows one per slot; calling the members in order serves both.
+    """
+    if passes is None:
+        return ()
+    if isinstance(passes, (list, tuple)):
+        return tuple(passes)
+    return (passes,)
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The value a size had when it was traced, or None; never adds a guard."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    if getattr(node, "has_hint", lambda: False)():
+        hint = node.hint
+        return int(hint) if isinstance(hint, int) else None
+    return None
+
+
+def run_observed(gm: fx.GraphModule, name: str, graph_pass: GraphPass) -> bool:
+    """Run ``graph_pass`` so that ``disabled_passes`` and the bisector can refuse it.
+
+    Returns whether it ran: the observer itself does not say.
+    """
+    ran = False
+
+    def observed(graph: fx.Graph) -> None:
+        nonlocal ran
+        ran = True
+        graph_pass(graph)
+
+    observer = GraphTransformObserver(gm, name, subsystem="joint_graph_passes")
+    observer.apply_graph_pass(observed)
+    return ran
+
+
+def input_descriptor(placeholder: fx.Node) -> tuple[str, int | None]:
+    """What AOTAutograd says a placeholder is: its descriptor's class name and index.
+
+    ``("", None)`` where this torch, or this graph (the branch of a higher-order op),
+    carries no descriptors.
+    """
+    descriptor = placeholder.meta.get("desc")
+    if descriptor is None:
+        return "", None
+    return type(descriptor).__name__, getattr(descriptor, "idx", None)
+
+
+def traced_static_positions() -> frozenset[int]:
+    """Input positions that AOTAutograd knows to be parameters or buffers.
+
+    Known while an inference graph is compiled; empty for a joint graph, because torch
+    fills the metadata in only after partitioning.
+    """
+    context = torch._guards.TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    return frozenset(getattr(metadata, "static_input_indices", None) or ())
+
+
+def aot_graph_name() -> str:
+    """The name Inductor's own dumps give the graph being compiled, or ``"graph"``."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or not getattr(context, "aot_graph_name", None):
+        return "graph"
+    from torch._functorch.aot_autograd import get_aot_graph_name
+
+    return get_aot_graph_name()
+
+
+def frame_code() -> types.CodeType | None:
+    """The code object that Dynamo is compiling, or None where there is none to find."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:  # not inside Dynamo
+        return None
+    code = getattr(translator, "f_code", None)
+    return code if isinstance(code, types.CodeType) else None
+
+
+def recompile_on_next_call(code: types.CodeType) -> None:
+    """Drop what Dynamo compiled for ``code``."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    reset_code(code)

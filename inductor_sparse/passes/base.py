@@ -1,0 +1,270 @@
+"""What a pass is given, and what a rule has to say about one matmul.
+
+A rule is one object with a ``name``: it says which sites are its own
+(:meth:`Rule.match`) and how one is rewritten (:meth:`Rule.rewrite`).  What every site
+must pass, whichever rule it belongs to, is checked here once and recorded.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import fx
+
+from inductor_sparse import config, profitability
+from inductor_sparse._compat import size_hint
+from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
+from inductor_sparse.passes.fx_utils import (
+    aten,
+    insert_call,
+    module_path,
+    replace,
+    source_line,
+    tensor_of,
+)
+from inductor_sparse.passes.producers import Producer
+from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
+from inductor_sparse.passes.weights import Copy, Weight, emit_weight, resolve_weight
+
+if TYPE_CHECKING:
+    from inductor_sparse.plan import Plan
+
+Observer = Callable[[str, str, str, float], None]
+"""Called after each pass: its name, the graph's text before and after, and seconds."""
+
+
+@dataclasses.dataclass
+class PassContext:
+    """Everything the passes know about one graph besides the graph.
+
+    ``options`` is a snapshot of the ``sparse.*`` options without their prefix; missing
+    ones have their configured value.  ``static_inputs`` names the placeholders that are
+    parameters or buffers, ``untracked_inputs`` those whose changes cannot be noticed.
+    ``demoted`` maps sites that must stay dense to the reason why.
+    """
+
+    options: Mapping[str, Any]
+    graph: GraphDecisions
+    is_training: bool = False
+    static_inputs: frozenset[str] = frozenset()
+    untracked_inputs: frozenset[str] = frozenset()
+    plan: Plan | None = None
+    demoted: Mapping[str, Reason] = dataclasses.field(default_factory=dict)
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+
+    def option(self, name: str) -> Any:
+        """The value of ``sparse.<name>`` for this graph."""
+        return self.options[name] if name in self.options else getattr(config, name)
+
+    @property
+    def disabled_rules(self) -> frozenset[str]:
+        """The names in the ``sparse.disabled_rules`` option."""
+        names = str(self.option("disabled_rules")).split(",")
+        return frozenset(name.strip() for name in names if name.strip())
+
+
+class GraphPass(Protocol):
+    """One step of the pipeline: changes the graph, or records something about it."""
+
+    name: str
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Run on one graph."""
+        ...
+
+
+class Rule(abc.ABC):
+    """Rewrites the matmuls of one kind of producer into an op that skips zeros."""
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier] = Tier.EXACT
+    op: ClassVar[str] = "activation_spmm"
+
+    @abc.abstractmethod
+    def match(self, site: Site) -> Producer | None:
+        """The producer of ``site`` if this rule is the one to decide about it."""
+
+    @abc.abstractmethod
+    def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
+        """Insert the replacement of ``lhs @ rhs`` before the matmul and return it.
+
+        ``weight`` is the row-contiguous ``rhs``.  Bias, replacement of uses and
+        clean-up are the caller's business.
+        """
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Decide every site of this rule."""
+        self.decide_all(graph, context, disabled=self.name in context.disabled_rules)
+
+    def decide_all(
+        self, graph: fx.Graph, context: PassContext, *, disabled: bool
+    ) -> None:
+        """Decide every site of this rule, which may itself be turned off."""
+        for site in forward_sites(graph):
+            producer = self.match(site)
+            if producer is None:
+                continue
+            decision = open_decision(site, producer, context, self.name, self.tier)
+            found = self._obstacle(site, producer, decision, context, disabled)
+            weight = found or resolve_weight(site.rhs, context)
+            if isinstance(weight, Copy) and not _copy_pays(site, context):
+                weight = _TRAINING_REJECTION
+            if isinstance(weight, Rejection):
+                close_dense(decision, weight, site.matmul)
+            else:
+                self._apply(site, weight, decision, context)
+
+    def _obstacle(
+        self,
+        site: Site,
+        producer: Producer,
+        decision: Decision,
+        context: PassContext,
+        disabled: bool,
+    ) -> Rejection | None:
+        if producer.reason is not None:
+            return Rejection(producer.reason, producer.detail)
+        if disabled:
+            return Rejection(Reason.RULE_DISABLED, f"{self.name} is turned off")
+        return (
+            unsupported(site)
+            or _missing_kernel(site, self.op)
+            or _too_dense(decision, context)
+        )
+
+    def _apply(
+        self, site: Site, weight: Weight, decision: Decision, context: PassContext
+    ) -> None:
+        node, decision.weight_copy_bytes = emit_weight(weight, site.matmul)
+        product = self.rewrite(site, node, context)
+        decision.status = Status.APPLIED
+        decision.op = product.target.overloadpacket.__name__  # type: ignore[union-attr]
+        product.meta[SITE_KEY] = decision.site
+        finish_site(site, product)
+
+
+_TRAINING_REJECTION = Rejection(
+    Reason.TRAINING_GRAPH,
+    "the graph has a backward, so the weight copy may be made again every step, which "
+    "this number of tokens does not pay for; call the model under torch.no_grad() for "
+    "inference",
+)
+
+
+def open_decision(
+    site: Site, producer: Producer, context: PassContext, rule: str, tier: Tier
+) -> Decision:
+    """Add the decision of a site to the graph's list, dense until proven otherwise."""
+    M, K, N = site.sizes
+    module, source = module_path(site.matmul), source_line(site.matmul)
+    where = module or source or site.matmul.name
+    key = _unique(f"{where}:{K}x{N}", context.graph)
+    measured = context.plan.site(key) if context.plan is not None else None
+    density = measured.density if measured is not None else None
+    decision = Decision(
+        module=module,
+        source=source,
+        rule=rule,
+        tier=tier,
+        status=Status.DENSE,
+        reason=None,
+        detail="",
+        shapes=_shapes(site),
+        dtype=site.dtype,
+        device=site.device,
+        density=density,
+        dropped_energy=measured.dropped_energy if measured is not None else None,
+        expected_gain=profitability.expected_gain(size_hint(M), density, site.dtype),
+        activation=producer.activation,
+        site=key,
+    )
+    context.graph.decisions.append(decision)
+    return decision
+
+
+def close_dense(decision: Decision, why: Rejection, matmul: fx.Node) -> None:
+    """Record that a site stays dense, and mark its matmul as decided."""
+    decision.reason, decision.detail = why.reason, why.detail
+    decision.expected_gain = None
+    matmul.meta[SITE_KEY] = decision.site
+
+
+def _unique(key: str, graph: GraphDecisions) -> str:
+    taken = {decision.site for decision in graph.decisions}
+    repeat, unique = 1, key
+    while unique in taken:
+        repeat += 1
+        unique = f"{key}#{repeat}"
+    return unique
+
+
+def _shapes(site: Site) -> dict[str, int | str]:
+    names = dict(zip("MKN", site.sizes, strict=True))
+    lhs = tensor_of(site.lhs)
+    if lhs is not None and lhs.ndim == 3:
+        names["B"] = lhs.shape[0]
+    return {k: v if isinstance(v, int) else str(v) for k, v in names.items()}
+
+
+def unsupported(site: Site) -> Rejection | None:
+    """Why no op is defined for this site's dtype or shape, or None."""
+    if site.dtype not in profitability.DTYPES:
+        supported = ", ".join(sorted(profitability.DTYPES))
+        return Rejection(
+            Reason.UNSUPPORTED_DTYPE, f"{site.dtype}; supported are {supported}"
+        )
+    M, K, N = site.sizes
+    for name, size, least in (
+        ("K", K, profitability.MIN_SIZE),
+        ("N", N, profitability.MIN_SIZE),
+        ("M", M, 1),
+    ):
+        if isinstance(size, int) and size < least:
+            return Rejection(Reason.UNSUPPORTED_SHAPE, f"{name} is {size}")
+    return None
+
+
+def _missing_kernel(site: Site, op: str) -> Rejection | None:
+    if profitability.has_kernel(site.device, op, site.dtype):
+        return None
+    return Rejection(
+        Reason.NO_KERNEL_YET, f"{op} has no {site.dtype} kernel for {site.device} yet"
+    )
+
+
+def _too_dense(decision: Decision, context: PassContext) -> Rejection | None:
+    demoted = context.demoted.get(decision.site)
+    if demoted is not None:
+        return Rejection(demoted, "observed at run time: skipping zeros did not pay")
+    limit = float(context.option("max_density"))
+    if decision.density is None or decision.density <= limit:
+        return None
+    return Rejection(
+        Reason.TOO_DENSE,
+        f"the plan measured density {decision.density:.3g}, "
+        f"above sparse.max_density {limit:.3g}",
+    )
+
+
+def _copy_pays(site: Site, context: PassContext) -> bool:
+    tokens = size_hint(site.sizes[0])
+    return not context.is_training or profitability.training_copy_pays(tokens)
+
+
+def finish_site(site: Site, product: fx.Node) -> None:
+    """Add the bias to a rewritten product and let it take the matmul's uses.
+
+    Scale and bias are separate nodes: Inductor fuses them into the kernel's epilogue.
+    """
+    result = product
+    if site.alpha != 1:
+        result = insert_call(site.matmul, aten.mul.Tensor, (result, site.alpha))
+    if site.bias is not None and site.beta != 0:
+        bias = site.bias
+        if site.beta != 1:
+            bias = insert_call(site.matmul, aten.mul.Tensor, (bias, site.beta))
+        result = insert_call(site.matmul, aten.add.Tensor, (result, bias))
+    replace(site.matmul, result)

@@ -1,0 +1,64 @@
+"""Every exact spelling of ReLU and ReLU² before a matmul becomes one aten form.
+
+- ``clamp(x, min=0)``, ``maximum(x, 0)``, ``threshold(x, 0, 0)``, ... -> ``relu(x)``
+- ``r * r``, ``relu(x) * relu(x)``, ``square(r)``, ... -> ``relu(x) ** 2``
+- either of them computed between a widening and a narrowing cast -> without the casts
+
+Only what equals the canonical form on every input, NaN and infinities included, and
+only what feeds a matmul: the rest of the graph is none of our business.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from inductor_sparse.passes.activations import as_relu, as_relu_squared
+from inductor_sparse.passes.base import PassContext
+from inductor_sparse.passes.fx_utils import (
+    aten,
+    insert_call,
+    is_call,
+    replace,
+    tensor_of,
+    with_dtype,
+)
+from inductor_sparse.passes.sites import forward_sites
+
+
+class Canonicalize:
+    """Rewrites the activation of each candidate site in place."""
+
+    name = "sparse_canonicalize"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Canonicalize the activations that feed a matmul of the forward."""
+        for site in forward_sites(graph):
+            producer = site.producer
+            if producer is None or producer.reason is not None:
+                continue
+            for node in (producer.node, producer.gate, producer.up):
+                if node is not None:
+                    _canonicalize(node)
+
+
+def _canonicalize(node: fx.Node) -> None:
+    value = tensor_of(node)
+    if value is None:
+        return
+    z = with_dtype(as_relu_squared(node), value.dtype)
+    if z is not None and not _is_canonical_square(node):
+        relu = insert_call(node, aten.relu.default, (z,))
+        replace(node, insert_call(node, aten.pow.Tensor_Scalar, (relu, 2)))
+        return
+    z = with_dtype(as_relu(node), value.dtype)
+    if z is not None and not is_call(node, {aten.relu.default}):
+        replace(node, insert_call(node, aten.relu.default, (z,)))
+
+
+def _is_canonical_square(node: fx.Node) -> bool:
+    return is_call(node, {aten.pow.Tensor_Scalar}) and is_call(
+        node.args[0], {aten.relu.default}
+    )
+
+
+PASS = Canonicalize()

@@ -1,0 +1,52 @@
+"""The last pass: counts what is unrelated, and refuses a half-rewritten graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from inductor_sparse.decisions import GraphDecisions
+from inductor_sparse.errors import SparseError
+from inductor_sparse.passes.base import PassContext
+from inductor_sparse.passes.sites import SITE_KEY, forward_sites
+
+
+class Cleanup:
+    """Checks that the graph and the decisions tell the same story."""
+
+    name = "sparse_cleanup"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Lint the graph, count the other matmuls, and check the postcondition.
+
+        Raises:
+            SparseError: a site is neither rewritten nor untouched; an internal error.
+        """
+        graph.lint()
+        context.graph.other_matmuls = len(forward_sites(graph))
+        check_no_half_rewritten_site(graph, context.graph)
+
+
+def check_no_half_rewritten_site(graph: fx.Graph, decisions: GraphDecisions) -> None:
+    """Check that each applied site is computed by one of our ops, used by someone.
+
+    Raises:
+        SparseError: naming the sites for which this does not hold.
+    """
+    ops = torch.ops.inductor_sparse
+    targets = {ops.activation_spmm.default, ops.glu_spmm.default}
+    computed = {
+        node.meta.get(SITE_KEY)
+        for node in graph.nodes
+        if node.op == "call_function" and node.target in targets and node.users
+    }
+    applied = {decision.site for decision in decisions.applied}
+    broken = sorted(str(site) for site in applied ^ computed)
+    if broken:
+        raise SparseError(
+            f"internal error: half-rewritten sites {', '.join(broken)}; please report "
+            'it, and compile with backend="inductor" meanwhile'
+        )
+
+
+PASS = Cleanup()

@@ -1,0 +1,50 @@
+"""Writing the left operand of a rewritten matmul, with or without its activation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from inductor_sparse.passes.activations import as_relu, as_relu_squared
+from inductor_sparse.passes.fx_utils import (
+    VIEWS,
+    insert_call,
+    peel,
+    tensor_of,
+    with_dtype,
+)
+from inductor_sparse.passes.sites import Site
+
+
+def direct_input(node: fx.Node) -> tuple[str, fx.Node, list[fx.Node]]:
+    """What can be computed inside the kernel: an activation, its input, views between.
+
+    The activation is ``"identity"``, and the input the node itself, where anything but
+    views lies between, or where the kernel would round differently: it applies the
+    activation in the dtype of its input.
+    """
+    core, views = peel(node, VIEWS)
+    dtype = node.meta["val"].dtype
+    for name, recognize in (("relu2", as_relu_squared), ("relu", as_relu)):
+        z = with_dtype(recognize(core), dtype)
+        if z is not None:
+            return name, z, views
+    return "identity", node, []
+
+
+def replay_views(views: Iterable[fx.Node], on: fx.Node, before: fx.Node) -> fx.Node:
+    """Apply the views of a chain, nearest to the matmul first, to another node."""
+    for view in reversed(list(views)):
+        on = insert_call(before, view.target, (on, *view.args[1:]), dict(view.kwargs))  # type: ignore[arg-type]
+    return on
+
+
+def emit_activation_spmm(site: Site, weight: fx.Node) -> fx.Node:
+    """Insert ``activation_spmm`` for a site, the activation inside it if possible."""
+    activation, z, views = direct_input(site.lhs)
+    z = replay_views(views, z, site.matmul)
+    assert tensor_of(z) is not None
+    target = torch.ops.inductor_sparse.activation_spmm.default
+    return insert_call(site.matmul, target, (z, weight, activation))

@@ -1,0 +1,220 @@
+"""Small questions about FX nodes of an aten graph, and safe ways to change it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+ORDERED_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+"""Views that keep the row-major order of the elements."""
+
+VIEWS = ORDERED_VIEWS | frozenset(
+    {
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+"""Ops whose result holds elements of their input, each with its value."""
+
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+
+_COMPARES = frozenset({aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar})
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_MODULE_PREFIX = re.compile(r"^(L__self__|L\['[^']*'\])\.?")
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+def is_call(node: object, targets: Iterable[Any]) -> bool:
+    """Whether ``node`` is a call of one of ``targets``."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_function"
+        and node.target in targets
+    )
+
+
+def tensor_of(node: object) -> Tensor | None:
+    """The fake tensor a node stands for, or None if it is not one tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to be equal without adding a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two shapes are known to be equal without adding a guard."""
+    return a.ndim == b.ndim and all(map(same_size, a.shape, b.shape))
+
+
+def peel(node: fx.Node, targets: Iterable[Any]) -> tuple[fx.Node, list[fx.Node]]:
+    """Walk back through single-input ops: where it ends, and the nodes passed."""
+    passed: list[fx.Node] = []
+    while is_call(node, targets) and isinstance(node.args[0], fx.Node):
+        passed.append(node)
+        node = node.args[0]
+    return node, passed
+
+
+def source_tensor(node: fx.Node) -> fx.Node:
+    """The node under any views and casts: what decides where zeros come from."""
+    return peel(node, VIEWS | CASTS)[0]
+
+
+def is_widening(cast: object) -> bool:
+    """Whether a node is a cast between floating dtypes that loses nothing."""
+    if not is_call(cast, CASTS):
+        return False
+    to, source = tensor_of(cast), tensor_of(cast.args[0])  # type: ignore[union-attr]
+    if to is None or source is None:
+        return False
+    floating = to.dtype.is_floating_point and source.dtype.is_floating_point
+    return floating and torch.promote_types(source.dtype, to.dtype) == to.dtype
+
+
+def with_dtype(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    """The value of ``node`` in ``dtype`` if widening casts hide it, else None."""
+    while node is not None:
+        value = tensor_of(node)
+        if value is None:
+            return None
+        if value.dtype == dtype:
+            return node
+        node = node.args[0] if is_widening(node) else None  # type: ignore[assignment]
+    return None
+
+
+def is_zero(value: object) -> bool:
+    """Whether an argument is 0, or a node known to be a tensor of zeros."""
+    if isinstance(value, (int, float)):
+        return value == 0
+    if not isinstance(value, fx.Node):
+        return False
+    node, _ = peel(value, VIEWS | CASTS)
+    if is_call(node, {aten.full.default, aten.full_like.default}):
+        return node.args[1] == 0
+    if is_call(node, {aten.scalar_tensor.default}):
+        return node.args[0] == 0
+    if is_call(node, {aten.zeros.default, aten.zeros_like.default}):
+        return True
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        constant = getattr(node.graph.owning_module, str(node.target), None)
+        real = isinstance(constant, Tensor) and not isinstance(constant, FakeTensor)
+        return real and constant.numel() == 1 and constant.item() == 0
+    return False
+
+
+def sign_test(node: object) -> tuple[str, fx.Node] | None:
+    """``("gt", x)`` for a node comparing ``x`` with zero by gt, ge, lt or le."""
+    if not is_call(node, _COMPARES):
+        return None
+    x, threshold = node.args[:2]  # type: ignore[union-attr]
+    if not isinstance(x, fx.Node) or not is_zero(threshold):
+        return None
+    return node.target.overloadpacket.__name__, x  # type: ignore[union-attr]
+
+
+def module_path(node: fx.Node) -> str:
+    """The module that ran this node, as in ``named_modules()``; "" if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    if not entries:
+        return ""
+    path = str(entries[-1][0])
+    return re.sub(r"\[(\d+)\]", r".\1", _MODULE_PREFIX.sub("", path))
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:line`` of the innermost frame of user code; "" if unknown."""
+    trace = node.meta.get("stack_trace") or ""
+    for match in reversed(list(_FRAME.finditer(trace))):
+        if not match["file"].startswith(_TORCH_FOLDER):
+            return f"{Path(match['file']).name}:{match['line']}"
+    return ""
+
+
+def plain_value(argument: object) -> object:
+    """What a node argument stands for: a node's fake value, or the argument itself."""
+    return fx.node.map_arg(argument, lambda node: node.meta["val"])
+
+
+def insert_call(
+    before: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    """Insert a call before a node, with its fake value and that node's origin."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs)
+    for key in ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    values = plain_value(args)
+    with torch._guards.detect_fake_mode(values) or nullcontext():
+        node.meta["val"] = target(*values, **(kwargs or {}))  # type: ignore[misc]
+    return node
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let ``new`` take every use of ``old``, then erase what nothing uses any more."""
+    old.replace_all_uses_with(new)
+    erase_dead(old)
+
+
+def erase_dead(node: fx.Node) -> None:
+    """Erase a pure node without users, and in turn the inputs that only it used.
+
+    Nodes that nobody used before are none of our business, and are left alone; so are
+    random ops, because removing one would change every number drawn after it.
+    """
+    erased: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        dead = pending.pop()
+        if dead in erased or dead.users or not _is_pure(dead):
+            continue
+        erased.add(dead)
+        pending.extend(dead.all_input_nodes)
+        dead.graph.erase_node(dead)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return not random and not target._schema.is_mutable

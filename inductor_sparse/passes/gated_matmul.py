@@ -1,0 +1,120 @@
+"""A gated product feeding a matmul: zeros of the gate silence both other matmuls.
+
+- ``mm(act(g) * mm(x, w_up.T), w) -> glu_spmm(g, x, w_up, w, act)`` for a few tokens:
+  only the active neurons of the up projection are computed
+- ``mm(act(g) * up, w) -> activation_spmm(act(g) * up, w, "identity")`` otherwise
+
+with ``act`` ReLU or ReLU².
+
+Shape legend: M tokens, D model, F hidden, N output features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import torch
+from torch import fx
+
+from inductor_sparse import profitability
+from inductor_sparse.passes.base import PassContext, Rule
+from inductor_sparse.passes.emit import direct_input, emit_activation_spmm, replay_views
+from inductor_sparse.passes.fx_utils import (
+    ORDERED_VIEWS,
+    aten,
+    insert_call,
+    is_call,
+    peel,
+    same_shape,
+    tensor_of,
+)
+from inductor_sparse.passes.producers import Family, Producer
+from inductor_sparse.passes.sites import Rejection, Site
+from inductor_sparse.passes.weights import Weight, emit_weight, resolve_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Glu:
+    """The parts of a gated FFN that ``glu_spmm`` computes in one go."""
+
+    activation: str
+    gate: fx.Node
+    gate_views: list[fx.Node]
+    x_MD: fx.Node
+    w_up_FD: Weight
+
+
+class GatedMatmul(Rule):
+    """Takes every site whose producer is a product of an activation and something."""
+
+    name = "gated_matmul"
+
+    def match(self, site: Site) -> Producer | None:
+        """The producer if it is a gated product."""
+        producer = site.producer
+        is_mine = producer is not None and producer.family is Family.GATED
+        return producer if is_mine else None
+
+    def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
+        """Insert ``glu_spmm`` where all of its parts are at hand, else the product."""
+        glu = _read_glu(site, context)
+        if glu is None:
+            return emit_activation_spmm(site, weight)
+        gate = replay_views(glu.gate_views, glu.gate, site.matmul)
+        w_up, _ = emit_weight(glu.w_up_FD, site.matmul)
+        target = torch.ops.inductor_sparse.glu_spmm.default
+        return insert_call(
+            site.matmul, target, (gate, glu.x_MD, w_up, weight, glu.activation)
+        )
+
+
+def _read_glu(site: Site, context: PassContext) -> _Glu | None:
+    producer = site.producer
+    product, views = peel(site.lhs, ORDERED_VIEWS)
+    if (
+        producer is None
+        or producer.node is not product
+        or producer.gate is None
+        or producer.up is None
+        or site.matmul.target not in (aten.mm.default, aten.addmm.default)
+        or not profitability.glu_pays(site.sizes[0])
+        or not profitability.has_kernel(site.device, "glu_spmm", site.dtype)
+    ):
+        return None
+    activation, gate, gate_views = direct_input(producer.gate)
+    ordered = all(is_call(view, ORDERED_VIEWS) for view in gate_views)
+    up = _up_projection(producer.up, product, site)
+    if activation == "identity" or not ordered or up is None:
+        return None
+    x_MD, w_up = up
+    w_up_FD = _stored_weight(w_up, context)
+    if w_up_FD is None:
+        return None
+    return _Glu(activation, gate, [*views, *gate_views], x_MD, w_up_FD)
+
+
+def _up_projection(
+    up: fx.Node, product: fx.Node, site: Site
+) -> tuple[fx.Node, fx.Node] | None:
+    """``(x [M, D], w [D, F])`` of an up projection that only this product uses."""
+    matmul, views = peel(up, ORDERED_VIEWS)
+    value, lhs = tensor_of(matmul), tensor_of(site.lhs)
+    if not is_call(matmul, {aten.mm.default}) or value is None or lhs is None:
+        return None
+    chain = [product, *views, matmul]
+    only = all(set(inner.users) == {outer} for outer, inner in pairwise(chain))
+    if not only or not same_shape(value, lhs) or value.dtype != lhs.dtype:
+        return None
+    return matmul.args[0], matmul.args[1]  # type: ignore[return-value]
+
+
+def _stored_weight(w_DF: fx.Node, context: PassContext) -> Weight | None:
+    """The ``[F, D]`` weight behind its transpose, if it needs no copy but a cast."""
+    if not is_call(w_DF, {aten.permute.default, aten.t.default}):
+        return None
+    weight = resolve_weight(w_DF.args[0], context)  # type: ignore[arg-type]
+    return None if isinstance(weight, Rejection) else weight
+
+
+RULE = GatedMatmul()

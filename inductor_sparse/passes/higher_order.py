@@ -1,0 +1,56 @@
+"""Sites in the branches of ``torch.cond`` and its kin: recorded, left dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from inductor_sparse.decisions import Reason, Tier
+from inductor_sparse.passes.base import (
+    PassContext,
+    close_dense,
+    open_decision,
+)
+from inductor_sparse.passes.producers import Family
+from inductor_sparse.passes.sites import Rejection, forward_sites
+
+_RULES = {
+    Family.PLAIN: "relu_matmul",
+    Family.SQUARED: "relu_squared_matmul",
+    Family.GATED: "gated_matmul",
+}
+
+
+class HigherOrder:
+    """Looks into subgraphs without changing them."""
+
+    name = "sparse_higher_order"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Record each sparse site of each subgraph."""
+        for operator, subgraph in _subgraphs(graph):
+            for site in forward_sites(subgraph):
+                producer = site.producer
+                if producer is None or producer.reason is not None:
+                    continue
+                rule = _RULES[producer.family]
+                decision = open_decision(site, producer, context, rule, Tier.EXACT)
+                detail = f"inside of {operator}, where rewrites do not reach"
+                why = Rejection(Reason.HIGHER_ORDER_OP, detail)
+                close_dense(decision, why, site.matmul)
+
+
+def _subgraphs(graph: fx.Graph) -> Iterator[tuple[str, fx.Graph]]:
+    """The forward subgraphs of a graph, nested ones too, with their operator's name."""
+    owner = graph.owning_module
+    for node in graph.find_nodes(op="get_attr"):
+        inner = getattr(owner, str(node.target), None)
+        users = [user for user in node.users if user.op == "call_function"]
+        if isinstance(inner, fx.GraphModule) and users:
+            operator = users[0].target
+            yield getattr(operator, "__name__", str(operator)), inner.graph
+            yield from _subgraphs(inner.graph)
+
+
+PASS = HigherOrder()

@@ -1,0 +1,110 @@
+"""The matmuls of a graph, read into one shape whichever aten op spells them.
+
+Shape legend: M tokens, K reduction, N output features; a batch B for ``bmm``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from inductor_sparse.decisions import Reason
+from inductor_sparse.passes.fx_utils import aten, is_call, tensor_of
+from inductor_sparse.passes.producers import Producer, find_producer
+
+MATMULS = frozenset(
+    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+)
+_WITH_BIAS = frozenset({aten.addmm.default, aten.baddbmm.default})
+
+SITE_KEY = "inductor_sparse_site"
+"""``node.meta`` key naming the site a node computes; see ``Decision.site``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """Why a site stays dense: a stable reason and a sentence for the reader."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One matmul ``beta * bias + alpha * (lhs @ rhs)``; ``bias`` may be None."""
+
+    matmul: fx.Node
+    lhs: fx.Node
+    rhs: fx.Node
+    bias: fx.Node | None = None
+    beta: object = 1
+    alpha: object = 1
+
+    @cached_property
+    def producer(self) -> Producer | None:
+        """The activation that feeds ``lhs``, if there is one."""
+        return find_producer(self.lhs)
+
+    @property
+    def sizes(self) -> tuple[int | torch.SymInt, ...]:
+        """``(M, K, N)``; a batched matmul has the M of one matrix."""
+        lhs, rhs = tensor_of(self.lhs), tensor_of(self.rhs)
+        assert lhs is not None and rhs is not None
+        return lhs.shape[-2], lhs.shape[-1], rhs.shape[-1]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the product, as in ``"bfloat16"``."""
+        return str(self.matmul.meta["val"].dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        """The device type, as in ``"cpu"``."""
+        return str(self.matmul.meta["val"].device.type)
+
+
+def read_site(node: fx.Node) -> Site | None:
+    """The site a matmul node is, or None for any other node."""
+    if not is_call(node, MATMULS) or tensor_of(node) is None:
+        return None
+    bias = None
+    operands = node.args[:2]
+    if node.target in _WITH_BIAS:
+        bias, operands = node.args[0], node.args[1:3]
+    lhs, rhs = operands
+    if tensor_of(lhs) is None or tensor_of(rhs) is None:
+        return None
+    return Site(
+        node,
+        lhs,  # type: ignore[arg-type]
+        rhs,  # type: ignore[arg-type]
+        bias,  # type: ignore[arg-type]
+        node.kwargs.get("beta", 1),
+        node.kwargs.get("alpha", 1),
+    )
+
+
+def forward_sites(graph: fx.Graph) -> list[Site]:
+    """The matmuls of the forward that no rule has decided yet, in graph order.
+
+    In a joint graph the backward is what depends on a tangent; it stays as traced.
+    """
+    backward: set[fx.Node] = set()
+    sites = []
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and is_tangent_name(node.name)
+        if is_tangent or any(source in backward for source in node.all_input_nodes):
+            backward.add(node)
+        elif SITE_KEY not in node.meta:
+            site = read_site(node)
+            if site is not None:
+                sites.append(site)
+    return sites
+
+
+def is_tangent_name(name: str) -> bool:
+    """Whether AOTAutograd gives this name to the gradient of an output."""
+    return name.startswith("tangents_")
