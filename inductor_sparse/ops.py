@@ -24,7 +24,10 @@ from inductor_sparse.errors import SparseError
 NAMESPACE = "inductor_sparse"
 
 SCHEMAS: dict[str, str] = {
-    "activation_spmm": "(Tensor z, Tensor w, str activation) -> Tensor",
+    "activation_spmm": (
+        "(Tensor z, Tensor w, str activation, Tensor? counters=None, int slot=0) "
+        "-> Tensor"
+    ),
     "glu_spmm": (
         "(Tensor gate, Tensor x, Tensor w_up, Tensor w_down, str activation) -> Tensor"
     ),
@@ -32,6 +35,7 @@ SCHEMAS: dict[str, str] = {
         "(Tensor weight, SymInt[] size, SymInt[] stride, SymInt storage_offset, "
         "ScalarType dtype) -> Tensor"
     ),
+    "site_counters": "(Tensor anchor, str sites) -> Tensor",
     "sparsify24": "(Tensor x, str activation, str select) -> (Tensor, Tensor)",
     "sparse24_mm": (
         "(Tensor values, Tensor metadata, Tensor w, Tensor? row_scale=None, "
@@ -39,6 +43,43 @@ SCHEMAS: dict[str, str] = {
     ),
 }
 """The schema of each op, without its name."""
+
+COUNTER_COLUMNS = ("calls", "dense_calls", "kept", "elements")
+"""What a kernel counts in its row of the counters: its calls, those too dense to skip,
+and over all of them the activations that were not zero and all activations."""
+
+
+def activation_spmm(
+    z: Tensor,
+    w: Tensor,
+    activation: str,
+    counters: Tensor | None = None,
+    slot: int = 0,
+) -> Tensor:
+    """``act(z) @ w``: see :func:`inductor_sparse.reference.activation_spmm`.
+
+    Args:
+        z: as there.
+        w: as there.
+        activation: as there.
+        counters: ``[sites, len(COUNTER_COLUMNS)]`` int64 from ``site_counters``; a
+            compiled kernel adds to row ``slot``, the eager definition counts nothing.
+        slot: the row of this site.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit, or an unknown activation.
+    """
+    return reference.activation_spmm(z, w, activation)
+
+
+def site_counters(anchor: Tensor, sites: str) -> Tensor:
+    """Counters for the sites of a graph, named one a line; new ones at every call.
+
+    The kernel for a CPU (:mod:`inductor_sparse.runtime.adaptation`) keeps them.
+    ``anchor`` is any input of the graph: it keeps constant folding away.
+    """
+    rows = sites.count("\n") + 1
+    return anchor.new_zeros((rows, len(COUNTER_COLUMNS)), dtype=torch.int64)
 
 
 def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
@@ -73,7 +114,13 @@ def sparse24_mm(
     return reference.sparse24_mm(dense, w, row_scale, col_scale)
 
 
-def _fake_activation_spmm(z: Tensor, w: Tensor, activation: str) -> Tensor:
+def _fake_activation_spmm(
+    z: Tensor,
+    w: Tensor,
+    activation: str,
+    counters: Tensor | None = None,
+    slot: int = 0,
+) -> Tensor:
     reference.check_activation_spmm(z, w, activation)
     return z.new_empty(*z.shape[:-1], w.shape[-1])
 
@@ -126,20 +173,18 @@ def _activation_gradient(grad_a: Tensor, z: Tensor, activation: str) -> Tensor:
 
 
 def _save_activation_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, w, ctx.activation = inputs
+    z, w, ctx.activation, *_ = inputs
     ctx.save_for_backward(z, w)
 
 
-def _activation_spmm_backward(
-    ctx: Any, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, None]:
+def _activation_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     z, w = ctx.saved_tensors
     grad_z = grad_w = None
     if ctx.needs_input_grad[0]:
         grad_z = _activation_gradient(grad @ w.mT, z, ctx.activation)
     if ctx.needs_input_grad[1]:
         grad_w = reference.ACTIVATIONS[ctx.activation](z).mT @ grad
-    return grad_z, grad_w, None
+    return grad_z, grad_w, None, None, None
 
 
 def _save_glu_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -270,9 +315,10 @@ def _register(
     torch.library.register_autograd(qualname, backward, setup_context=save)
 
 
+_register("site_counters", site_counters, site_counters, _no_gradient("site_counters"))
 _register(
     "activation_spmm",
-    reference.activation_spmm,
+    activation_spmm,
     _fake_activation_spmm,
     _activation_spmm_backward,
     _save_activation_spmm,

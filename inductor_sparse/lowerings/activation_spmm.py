@@ -1,0 +1,76 @@
+"""``activation_spmm`` on a CPU: a C++ template with Inductor's epilogues in it.
+
+Elsewhere, and for dtypes the template does not know, the op itself runs.
+
+Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` output features.
+"""
+
+from __future__ import annotations
+
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import cexpr_index
+from torch._inductor.lowering import lowerings
+from torch._inductor.select_algorithm import realize_inputs
+
+from inductor_sparse import profitability
+from inductor_sparse.lowerings import common
+from inductor_sparse.lowerings.spmm_template import SpmmTemplate
+
+OP = common.op("activation_spmm")
+
+
+def tuned_activation_spmm(
+    z: ir.TensorBox,
+    w: ir.TensorBox,
+    activation: str,
+    counters: ir.TensorBox | None = None,
+    slot: int = 0,
+) -> ir.TensorBox:
+    """Lower ``activation_spmm``; a batch becomes the rows of one product."""
+    if not common.has_cpp_kernel(z, w):
+        return common.fallback(OP)(z, w, activation)
+    symbols = {"activation": activation, "slot": slot}
+    if len(z.get_size()) == 2:
+        return _product(z, w, counters, batches=1, **symbols)
+    view = lowerings[common.aten.view.default]
+    B, M, K = z.get_size()
+    N = w.get_size()[-1]
+    z_2d = view(z, [B * M, K])
+    w_2d = view(w, [B * K, N])
+    return view(_product(z_2d, w_2d, counters, batches=B, **symbols), [B, M, N])
+
+
+def _product(
+    z: ir.TensorBox,
+    w: ir.TensorBox,
+    counters: ir.TensorBox | None,
+    batches: object,
+    **symbols: object,
+) -> ir.TensorBox:
+    """``act(z) @ w`` where ``z [batches * M, K]`` and ``w [batches * K, N]``."""
+    z, w = realize_inputs(z, w)
+    z, w = common.require_contiguous(z), common.require_contiguous(w)
+    dtype = z.get_dtype()
+    layout = ir.FixedLayout(z.get_device(), dtype, [z.get_size()[0], w.get_size()[1]])
+
+    def batches_text(kernel: CppTemplateKernel) -> str:
+        return cexpr_index(kernel.rename_indexing(batches))
+
+    inputs = {"Z": z, "W": w}
+    if counters is not None:
+        inputs["C"] = realize_inputs(counters)
+    template = SpmmTemplate(
+        "activation_spmm",
+        inputs,
+        layout,
+        batches=batches_text,
+        dense_density=profitability.dense_call_density(dtype),
+        **symbols,
+    )
+    return common.choose(template)
+
+
+def register() -> None:
+    """Register the lowering with Inductor; calling it again changes nothing."""
+    common.register(OP, tuned_activation_spmm)

@@ -1,0 +1,39 @@
+"""``glu_spmm`` on a CPU: up and down projections of active neurons in one kernel.
+
+Elsewhere, and for dtypes the template does not know, the op itself runs.
+
+Shape legend: ``M`` rows (tokens), ``D`` input features, ``F`` neurons, ``N`` outputs.
+"""
+
+from __future__ import annotations
+
+from torch._inductor import ir
+from torch._inductor.select_algorithm import realize_inputs
+
+from inductor_sparse.lowerings import common
+from inductor_sparse.lowerings.spmm_template import SpmmTemplate
+
+OP = common.op("glu_spmm")
+
+
+def tuned_glu_spmm(
+    gate: ir.TensorBox,
+    x: ir.TensorBox,
+    w_up: ir.TensorBox,
+    w_down: ir.TensorBox,
+    activation: str,
+) -> ir.TensorBox:
+    """Lower ``glu_spmm``: ``gate [M, F], x [M, D], w_up [F, D], w_down [F, N]``."""
+    tensors = (gate, x, w_up, w_down)
+    if not common.has_cpp_kernel(*tensors):
+        return common.fallback(OP)(*tensors, activation)
+    inputs = [common.require_contiguous(t) for t in realize_inputs(*tensors)]
+    size = [gate.get_size()[0], w_down.get_size()[1]]
+    layout = ir.FixedLayout(gate.get_device(), gate.get_dtype(), size)
+    names = dict(zip(("G", "X", "Wu", "Wd"), inputs, strict=True))
+    return common.choose(SpmmTemplate("glu_spmm", names, layout, activation=activation))
+
+
+def register() -> None:
+    """Register the lowering with Inductor; calling it again changes nothing."""
+    common.register(OP, tuned_glu_spmm)

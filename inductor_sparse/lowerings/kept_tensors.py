@@ -1,0 +1,31 @@
+"""Ops that return a tensor kept by the runtime: called, and never written into.
+
+Inductor believes that it owns what an op returns and may hand a dead buffer to a later
+kernel as its output: that would overwrite a cached weight, or the counters of a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.virtualized import V
+
+from inductor_sparse.lowerings import common
+
+OPS = (common.op("row_major_weight"), common.op("site_counters"))
+
+
+def lower_kept_tensor(target: torch._ops.OpOverload, *args: Any) -> ir.TensorBox:
+    """Lower a call of ``target`` to a call of the op, its result kept out of reuse."""
+    result = common.fallback(target)(*args)
+    V.graph.never_reuse_buffers.add(result.get_name())
+    return result
+
+
+def register() -> None:
+    """Register the lowerings with Inductor; calling it again changes nothing."""
+    for target in OPS:
+        common.register(target, functools.partial(lower_kept_tensor, target))

@@ -1,0 +1,1 @@
+"""What runs after compilation: prepared weights and the observation of densities."""

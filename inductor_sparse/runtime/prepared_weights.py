@@ -1,0 +1,132 @@
+"""Row-contiguous copies of weights, made once and kept right.
+
+``nn.Linear`` stores a weight ``[out, in]``; skipping neurons needs the rows of its
+transpose to be contiguous.  :func:`fetch` is the CPU kernel of
+``torch.ops.inductor_sparse.row_major_weight``: it returns a copy that is made on first
+use and made again when the weight has changed.  A change is noticed by
+
+- the identity of the storage, held by a weak reference so that a freed and reused
+  address is never taken for the old weight (``param.data = x``, re-tying);
+- the version counter, bumped by every in-place operation that autograd sees
+  (``load_state_dict``, optimizer steps, ``copy_`` under ``no_grad``);
+- a sample of 64 elements, for writes that bypass the counter (``param.data.mul_()``).
+
+A write through ``.data`` or ``numpy()`` to fewer elements than the sample can see is the
+one thing not noticed; :func:`forget` drops the copies, :func:`inductor_sparse.prepare` avoids them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from inductor_sparse import ops, reference
+
+SAMPLES = 64
+
+Key = tuple[int, tuple[int, ...], tuple[int, ...], int, torch.dtype]
+
+
+@dataclasses.dataclass
+class _Entry:
+    """One copy and the state of the weight that it was made from."""
+
+    storage: StorageWeakRef
+    version: int
+    sample: Tensor
+    copy: Tensor
+    refreshes: int = 0
+
+
+_entries: dict[Key, _Entry] = {}
+_lock = threading.Lock()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Up to ``SAMPLES`` elements spread evenly over the memory of ``weight``, a view."""
+    if weight.numel() == 0:
+        return weight.flatten()
+    pairs = zip(weight.shape, weight.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in pairs)
+    count = min(SAMPLES, extent)
+    return weight.as_strided((count,), (extent // count,), weight.storage_offset())
+
+
+def _same_sample(old: Tensor, new: Tensor) -> bool:
+    # A NaN never equals itself: in the sample it costs a refresh, never a stale copy.
+    return old.shape == new.shape and torch.equal(old, new)
+
+
+def fetch(
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The cached copy of a window of ``weight``; see :func:`reference.row_major_weight`.
+
+    Raises:
+        SparseShapeError: the window does not lie inside the weight.
+    """
+    if weight.is_inference():  # no version counter: nothing could be noticed
+        return reference.row_major_weight(weight, size, stride, storage_offset, dtype)
+    storage = weight.untyped_storage()
+    offset = weight.storage_offset() + storage_offset
+    key = (storage._cdata, tuple(size), tuple(stride), offset, dtype)
+    entry = _entries.get(key)
+    if (
+        entry is not None
+        and entry.version == weight._version
+        and not entry.storage.expired()
+        and _same_sample(entry.sample, _sample(weight))
+    ):
+        return entry.copy
+    return _refresh(key, weight, entry, storage_offset)
+
+
+def _refresh(
+    key: Key, weight: Tensor, stale: _Entry | None, storage_offset: int
+) -> Tensor:
+    _, size, stride, _, dtype = key
+    with _lock, torch.no_grad():
+        _drop_dead()
+        version = weight._version
+        copy = reference.row_major_weight(
+            weight.detach(), size, stride, storage_offset, dtype
+        )
+        _entries[key] = _Entry(
+            storage=StorageWeakRef(weight.untyped_storage()),
+            version=version,
+            sample=_sample(weight.detach()).clone(),
+            copy=copy,
+            refreshes=stale.refreshes + 1 if stale is not None else 0,
+        )
+        return copy
+
+
+def _drop_dead() -> None:
+    for key in [k for k, entry in _entries.items() if entry.storage.expired()]:
+        del _entries[key]
+
+
+def nbytes() -> int:
+    """Bytes held by all copies of weights that are still alive."""
+    with _lock:
+        _drop_dead()
+        return sum(entry.copy.nbytes for entry in _entries.values())
+
+
+def forget() -> None:
+    """Drop every copy; each is made again when it is next needed."""
+    with _lock:
+        _entries.clear()
+
+
+_library = torch.library.Library(ops.NAMESPACE, "IMPL")
+_library.impl("row_major_weight", fetch, "CPU")

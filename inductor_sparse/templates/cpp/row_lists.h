@@ -1,0 +1,241 @@
+// Compressed rows of an activation, and sums of weight rows over them.
+//
+// Legend: M rows of the activation (tokens), K its columns (neurons), N columns of the
+// weight W [K, N].  A row of the activation becomes a list of (index, value) of the
+// neurons that are not zero; Y[m] is the sum of value * W[index] over that list.
+//
+// Two ways to sum, by the number of rows M:
+//   stream_rows   few rows: memory bound, so each surviving row of W is read once, whole;
+//   accumulate    many rows: BLOCK_K x BLOCK_N panels of W are copied to a contiguous
+//                 buffer that stays in cache (rows of W are N elements apart: used in
+//                 place they would fall on a few cache sets and one page each), and the
+//                 BLOCK_N sums of a row are held in vector registers over a panel.
+using Vec = at::vec::Vectorized<float>;
+
+// Products of two bf16 pairs per lane and instruction, where the CPU has it.
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+constexpr bool HAS_BF16_DOT = true;
+#else
+constexpr bool HAS_BF16_DOT = false;
+#endif
+template <typename T>
+constexpr bool USES_BF16_DOT = HAS_BF16_DOT && std::is_same_v<T, at::BFloat16>;
+// What a list holds as values, and a panel as weights.
+template <typename T>
+using Operand = std::conditional_t<USES_BF16_DOT<T>, at::BFloat16, float>;
+template <typename T>
+constexpr int64_t BLOCK_N = USES_BF16_DOT<T> ? 128 : 64;
+template <typename T>
+constexpr int64_t BLOCK_K = USES_BF16_DOT<T> ? 512 : 256;
+// Rows of W that are asked for ahead of the row being copied.
+constexpr int64_t PREFETCH_ROWS = 16;
+// The sums of one group of columns fill at most half of a usual L2 cache.
+constexpr int64_t SUMS_BYTES = 512 * 1024;
+// Up to so many rows W is streamed; beyond it is used from panels.
+constexpr int64_t STREAM_ROWS = 4;
+// Up to so many rows only the panel rows that some list names are copied.
+constexpr int64_t UNION_ROWS = 64;
+
+enum class Activation { identity, relu, relu2 };
+
+template <Activation ACT>
+inline float activate(float v) {
+  if constexpr (ACT != Activation::identity) v = v > 0.f || v != v ? v : 0.f;
+  if constexpr (ACT == Activation::relu2) v = v * v;
+  return v;
+}
+
+template <Activation ACT>
+inline Vec activate(Vec v) {
+  // maximum() keeps NaN, as relu does.
+  if constexpr (ACT != Activation::identity) v = at::vec::maximum(v, Vec(0.f));
+  if constexpr (ACT == Activation::relu2) v = v * v;
+  return v;
+}
+
+// Append the non-zeros of act(z[begin:end]) to a list; returns how many.  The list has
+// room for 16 entries more than are kept.  NaN is kept, -0.0 is a zero.
+template <typename T, Activation ACT, typename V>
+inline int64_t compress(
+    const T* z, int64_t begin, int64_t end, int32_t* index, V* value) {
+  int64_t count = 0, k = begin;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i lane =
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; k + 16 <= end; k += 16) {
+    Vec v;
+    if constexpr (std::is_same_v<T, float>) {
+      v = activate<ACT>(Vec::loadu(z + k));
+    } else {
+      using Low = at::vec::Vectorized<T>;
+      v = std::get<0>(at::vec::convert_to_float<T>(Low::loadu(z + k, 16)));
+      v = activate<ACT>(v);
+      // The dense graph rounds the activation to T: so do we, before looking for zeros.
+      v = std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(v, v)));
+    }
+    const __mmask16 keep = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512i ks = _mm512_add_epi32(_mm512_set1_epi32((int32_t)k), lane);
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, ks));
+    const Vec packed = _mm512_maskz_compress_ps(keep, v);
+    if constexpr (std::is_same_v<V, float>) {
+      packed.store(value + count);
+    } else {
+      at::vec::convert_from_float<V>(packed, packed).store(value + count, 16);
+    }
+    count += __builtin_popcount(keep);
+  }
+#endif
+  for (; k < end; k++) {
+    const float v = (float)(T)activate<ACT>((float)z[k]);
+    index[count] = (int32_t)k;
+    value[count] = (V)v;
+    count += v != 0.f;
+  }
+  return count;
+}
+
+// y[0:cols] += sum of value[j] * w[index[j], 0:cols]: four rows of W at a time, each read
+// once and in order.
+template <typename T, typename V>
+inline void stream_rows(
+    float* y, const T* w, int64_t ldw, int64_t cols,
+    const int32_t* index, const V* value, int64_t count) {
+  constexpr int64_t LANES = at::vec::Vectorized<T>::size();
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    const T* row[4];
+    float v[4];
+    for (int q = 0; q < 4; q++) {
+      row[q] = w + index[j + q] * ldw;
+      v[q] = (float)value[j + q];
+    }
+    int64_t c = 0;
+    for (; c + LANES <= cols; c += LANES) {
+      if constexpr (std::is_same_v<T, float>) {
+        Vec sum = Vec::loadu(y + c);
+        c10::ForcedUnroll<4>{}([&](auto q) {
+          sum = at::vec::fmadd(Vec(v[q]), Vec::loadu(row[q] + c), sum);
+        });
+        sum.store(y + c);
+      } else {
+        Vec low = Vec::loadu(y + c), high = Vec::loadu(y + c + Vec::size());
+        c10::ForcedUnroll<4>{}([&](auto q) {
+          const auto w2 = at::vec::convert_to_float<T>(
+              at::vec::Vectorized<T>::loadu(row[q] + c));
+          low = at::vec::fmadd(Vec(v[q]), std::get<0>(w2), low);
+          high = at::vec::fmadd(Vec(v[q]), std::get<1>(w2), high);
+        });
+        low.store(y + c);
+        high.store(y + c + Vec::size());
+      }
+    }
+    for (; c < cols; c++)
+      for (int q = 0; q < 4; q++) y[c] += v[q] * (float)row[q][c];
+  }
+  for (; j < count; j++) {
+    const T* row = w + index[j] * ldw;
+    const float v = (float)value[j];
+    for (int64_t c = 0; c < cols; c++) y[c] += v * (float)row[c];
+  }
+}
+
+// Copy rows `list` of w[:, 0:cols] to the panel, columns beyond `cols` as zeros.  The
+// list goes on for PREFETCH_ROWS valid entries after `count`.
+template <typename T>
+inline void copy_panel(
+    const T* w, int64_t ldw, int64_t cols, const int32_t* list, int64_t count,
+    Operand<T>* panel) {
+  for (int64_t q = 0; q < count; q++) {
+    const T* ahead = w + list[q + PREFETCH_ROWS] * ldw;
+    for (int64_t c = 0; c < cols; c += 64 / (int64_t)sizeof(T))
+      __builtin_prefetch(ahead + c);
+    const T* from = w + list[q] * ldw;
+    Operand<T>* to = panel + list[q] * BLOCK_N<T>;
+    if constexpr (std::is_same_v<T, Operand<T>>) {
+      std::memcpy(to, from, cols * sizeof(T));
+    } else {
+      for (int64_t c = 0; c < cols; c++) to[c] = (float)from[c];
+    }
+    for (int64_t c = cols; c < BLOCK_N<T>; c++) to[c] = 0;
+  }
+}
+
+// sums[0:BLOCK_N] += sum of value[j] * panel[index[j] - first], in vector registers.
+template <typename T>
+inline void accumulate(
+    float* sums, const Operand<T>* panel, const int32_t* index,
+    const Operand<T>* value, int64_t count, int64_t first) {
+  constexpr int64_t LANES = Vec::size(), VECS = BLOCK_N<T> / LANES;
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  if constexpr (USES_BF16_DOT<T>) {
+    // Lists have an even length here.  Interleaving two rows of W gives the pairs that
+    // the dot product sums; the order of the sums is undone by restore_order().
+    constexpr int64_t PAIRS = BLOCK_N<T> / 32;
+    __m512 low[PAIRS], high[PAIRS];
+    c10::ForcedUnroll<PAIRS>{}([&](auto i) {
+      low[i] = _mm512_loadu_ps(sums + i * 32);
+      high[i] = _mm512_loadu_ps(sums + i * 32 + 16);
+    });
+    for (int64_t j = 0; j < count; j += 2) {
+      const T* even = panel + (index[j] - first) * BLOCK_N<T>;
+      const T* odd = panel + (index[j + 1] - first) * BLOCK_N<T>;
+      int32_t two;
+      std::memcpy(&two, value + j, sizeof(two));
+      const __m512bh v = (__m512bh)_mm512_set1_epi32(two);
+      c10::ForcedUnroll<PAIRS>{}([&](auto i) {
+        const __m512i a = _mm512_loadu_si512(even + i * 32);
+        const __m512i b = _mm512_loadu_si512(odd + i * 32);
+        low[i] = _mm512_dpbf16_ps(low[i], v, (__m512bh)_mm512_unpacklo_epi16(a, b));
+        high[i] = _mm512_dpbf16_ps(high[i], v, (__m512bh)_mm512_unpackhi_epi16(a, b));
+      });
+    }
+    c10::ForcedUnroll<PAIRS>{}([&](auto i) {
+      _mm512_storeu_ps(sums + i * 32, low[i]);
+      _mm512_storeu_ps(sums + i * 32 + 16, high[i]);
+    });
+    return;
+  }
+#endif
+  if constexpr (!USES_BF16_DOT<T>) {
+    Vec sum[VECS];
+    c10::ForcedUnroll<VECS>{}([&](auto i) { sum[i] = Vec::loadu(sums + i * LANES); });
+    for (int64_t j = 0; j < count; j++) {
+      const float* row = panel + (index[j] - first) * BLOCK_N<T>;
+      const Vec v(value[j]);
+      c10::ForcedUnroll<VECS>{}([&](auto i) {
+        sum[i] = at::vec::fmadd(v, Vec::loadu(row + i * LANES), sum[i]);
+      });
+    }
+    c10::ForcedUnroll<VECS>{}([&](auto i) { sum[i].store(sums + i * LANES); });
+  }
+}
+
+// Put the sums of the bf16 dot product back into column order, in place: each 32 sums
+// are (columns 0-3, 8-11, 16-19, 24-27) and then (4-7, 12-15, 20-23, 28-31).
+inline void restore_order(float* sums, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += 32) {
+    float in_order[32];
+    for (int q = 0; q < 4; q++) {
+      std::memcpy(in_order + q * 8, sums + c + q * 4, 4 * sizeof(float));
+      std::memcpy(in_order + q * 8 + 4, sums + c + 16 + q * 4, 4 * sizeof(float));
+    }
+    std::memcpy(sums + c, in_order, sizeof(in_order));
+  }
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Memory that is not set to zero first, aligned for vectors.
+template <typename T>
+struct Scratch {
+  explicit Scratch(int64_t count)
+      : data((T*)std::aligned_alloc(64, round_up(count * sizeof(T) + 64, 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* const data;
+};
