@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -53,6 +55,10 @@ def run_observed(gm: fx.GraphModule, name: str, graph_pass: GraphPass) -> bool:
     return ran
 
 
+HAS_DESCRIPTORS = find_spec("torch._functorch._aot_autograd.descriptors") is not None
+"""Whether AOTAutograd describes the inputs of the graphs it traces."""
+
+
 def input_descriptor(placeholder: fx.Node) -> tuple[str, int | None]:
     """What AOTAutograd says a placeholder is: its descriptor's class name and index.
 
@@ -74,6 +80,12 @@ def traced_static_positions() -> frozenset[int]:
     context = torch._guards.TracingContext.try_get()
     metadata = getattr(context, "fw_metadata", None)
     return frozenset(getattr(metadata, "static_input_indices", None) or ())
+
+
+def is_tracing() -> bool:
+    """Whether structured traces (``TORCH_TRACE``, read with tlparse) are collected."""
+    logger = getattr(torch._logging._internal, "trace_log", None)
+    return bool(getattr(logger, "handlers", None))
 
 
 def aot_graph_name() -> str:
@@ -103,3 +115,13 @@ def recompile_on_next_call(code: types.CodeType) -> None:
     from torch._C._dynamo.eval_frame import reset_code
 
     reset_code(code)
+
+
+def compile_apart(model: Any, backend: Callable[..., Any]) -> Any:
+    """``torch.compile`` whose graphs, where torch can tell, nobody else's limits count.
+
+    Without it every compilation of one code object counts, whichever backend asked.
+    """
+    accepted = inspect.signature(torch.compile).parameters
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in accepted else {}
+    return torch.compile(model, backend=backend, **apart)

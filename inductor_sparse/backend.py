@@ -62,7 +62,15 @@ def sparse(
         # Both have to see the passes run; a cached graph has none.
         patches["force_disable_caches"] = True
     code = _compat.frame_code() if snapshot["adaptive"] else None
-    sparse_pass = _install(patches, snapshot, adaptation.demoted(code), example_inputs)
+    lowerings.register_all()
+    sparse_pass = SparsePass(
+        snapshot,
+        _users_passes(patches),
+        demoted=adaptation.demoted(code),
+        untracked_positions=_untracked(example_inputs),
+        dynamo_graph=gm,
+    )
+    patches[_SLOT] = sparse_pass
     compiled = compile_fx(
         gm,
         list(example_inputs),
@@ -103,9 +111,8 @@ def inductor_configs(**options: Any) -> dict[str, Any]:
     """
     ours, _ = split_options({f"{PREFIX}{name}": v for name, v in options.items()})
     snapshot = {**config.get_config_copy(), **ours, "adaptive": False}
-    patches: dict[str, Any] = {"freezing": True}
-    _install(patches, snapshot, {}, ())
-    return patches
+    lowerings.register_all()
+    return {"freezing": True, _SLOT: SparsePass(snapshot, _users_passes({}))}
 
 
 def split_options(
@@ -124,9 +131,7 @@ def split_options(
             continue
         name = key.removeprefix(PREFIX)
         _check_option(name, value)
-        ours[name] = (
-            float(value) if isinstance(value, int) and name in _FLOATS else value
-        )
+        ours[name] = float(value) if name in _FLOATS else value
     return ours, inductors
 
 
@@ -165,27 +170,18 @@ def _check_option(name: str, value: object) -> None:
         )
 
 
-def _install(
-    patches: dict[str, Any],
-    snapshot: dict[str, Any],
-    demoted: Mapping[str, Any],
-    example_inputs: Sequence[Any],
-) -> SparsePass:
-    """Put our pass behind the user's own in ``patches`` and register the lowerings."""
-    lowerings.register_all()
-    users = patches.get(_SLOT, getattr(inductor_config, _SLOT))
-    sparse_pass = SparsePass(
-        snapshot,
-        _compat.as_pass_tuple(users),
-        demoted=demoted,
-        untracked_positions=frozenset(
-            position
-            for position, value in enumerate(example_inputs)
-            if isinstance(value, torch.Tensor) and value.is_inference()
-        ),
+def _users_passes(patches: Mapping[str, Any]) -> tuple[_compat.GraphPass, ...]:
+    """The passes already in our slot, by option or by configuration."""
+    return _compat.as_pass_tuple(patches.get(_SLOT, getattr(inductor_config, _SLOT)))
+
+
+def _untracked(example_inputs: Sequence[Any]) -> frozenset[int]:
+    """Positions of inputs made under ``inference_mode``: they count no versions."""
+    return frozenset(
+        position
+        for position, value in enumerate(example_inputs)
+        if isinstance(value, torch.Tensor) and value.is_inference()
     )
-    patches[_SLOT] = sparse_pass
-    return sparse_pass
 
 
 def _inner_compile(

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from inductor_sparse.bench import commands as bench_commands
-from inductor_sparse.bench.display import print_table, progress
+from inductor_sparse.bench.display import print_report, print_table, progress
 from inductor_sparse.errors import SparseError, SparseOptionError
 
 OK, BAD_NEWS, ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -126,24 +126,22 @@ def _explain(arguments: argparse.Namespace) -> int:
         report = explain(model, *args, **kwargs)
         update("done", 1)
     data = report.to_dict()
-    print(json.dumps(data, indent=2) if arguments.json else str(report))
+    if arguments.json:
+        print(json.dumps(data, indent=2))
+    else:
+        print_report(report)
     applied = any(site["status"] == "applied" for site in data["sites"])
     return BAD_NEWS if arguments.strict and not applied else OK
 
 
 def _passes(arguments: argparse.Namespace) -> int:
     """``passes``."""
-    from inductor_sparse.passes import PIPELINE
-
-    rows = [
-        {"name": step.name, "tier": _tier(step), "summary": _summary(step)}
-        for step in PIPELINE
-    ]
+    rows = describe_passes()
     if arguments.json:
         print(json.dumps({"passes": rows}, indent=2))
         return OK
-    headers = ["pass", "tier", "what it does"]
-    cells = [[row["name"], row["tier"], row["summary"]] for row in rows]
+    headers = ["pass", "kind", "tier", "what it does"]
+    cells = [[r["name"], r["kind"], r["tier"] or "-", r["summary"]] for r in rows]
     if arguments.markdown:
         for line in ([*headers], ["---"] * len(headers), *cells):
             print("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |")
@@ -152,15 +150,29 @@ def _passes(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _tier(step: Any) -> str:
-    """``exact`` or ``approximate`` for a rule, a dash for a pass that only prepares."""
-    tier = getattr(step, "tier", None)
-    return tier.value if tier is not None else "-"
+def describe_passes() -> list[dict[str, Any]]:
+    """The pipeline in order: ``name``, ``kind``, ``tier`` and ``summary`` of each step.
+
+    ``kind`` is ``rule`` for a step that rewrites matmuls and ``pass`` for one that
+    prepares or checks; only a rule has a ``tier``.  ``summary`` is the first line of the
+    docstring of the file the step lives in.
+    """
+    from inductor_sparse.passes import PIPELINE, Rule
+
+    return [
+        {
+            "name": step.name,
+            "kind": "rule" if isinstance(step, Rule) else "pass",
+            "tier": step.tier.value if isinstance(step, Rule) else None,
+            "summary": _summary(step),
+        }
+        for step in PIPELINE
+    ]
 
 
-def _summary(step: Any) -> str:
-    """The first line of a pass's docstring."""
-    lines = (step.__doc__ or "").strip().splitlines()
+def _summary(step: object) -> str:
+    """The first line of the docstring of the file a step lives in."""
+    lines = (sys.modules[type(step).__module__].__doc__ or "").strip().splitlines()
     return lines[0] if lines else ""
 
 

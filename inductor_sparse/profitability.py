@@ -13,6 +13,10 @@ GLU_MAX_TOKENS = 8
 """Above this many tokens the union of active neurons is nearly all of them, so
 computing the up projection for active neurons only saves nothing over a dense GEMM."""
 
+ALWAYS_WINS_TOKENS = 4
+"""Up to so many tokens a product is bound by reading the weight, and skipping neurons
+only ever reads less of it: no density loses, so none is observed."""
+
 MIN_SIZE = 2
 """A K or N of 0 or 1 is a copy or a scaling, not a matmul worth a kernel."""
 

@@ -66,6 +66,19 @@ def print_table(
     Console().print(table)
 
 
+def print_report(report: object) -> None:
+    """Print what has a rich form in colour on a terminal, else as its ``str``."""
+    if not sys.stdout.isatty():
+        print(report)
+        return
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(report)
+        return
+    Console().print(report)
+
+
 @contextlib.contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
     """Show how far a job of ``total`` steps is; yields ``update(message, steps_done)``.

@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from inductor_sparse import decisions
 from inductor_sparse.errors import NothingAppliedError
 
 WARMUP_CALLS = 6
+HARMLESS_WARNINGS = (
+    ".*force disabled by torch.compiler.config.force_disable_caches",
+    "TypedStorage is deprecated",
+)
+"""What torch says about caches being off, and about its own autotuner."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +57,22 @@ class Variant:
     """One compiled form of a model.
 
     ``call`` maps an input to the output.  ``log`` has received the decisions of every
-    graph compiled so far; it stays empty for the dense backend.
+    graph compiled so far; it stays empty for the dense backend.  ``modules`` are those
+    that Inductor generated for it: the packed weights of a frozen graph live there.
     """
 
     backend: str
     setting: Setting
     call: Callable[[Tensor], Tensor]
     log: decisions.DecisionLog
+    modules: list[types.ModuleType]
+
+    def close(self) -> None:
+        """Free the packed weights; the variant cannot be called any more."""
+        self.call = _closed
+        for module in self.modules:
+            _drop_tensors(module)
+        gc.collect()
 
     def run(self, inputs: Sequence[Tensor]) -> Callable[[int], object]:
         """A function that calls the variant on the input whose turn it is."""
@@ -101,14 +116,13 @@ def compile_variant(
     step = _own_code(model, f"{backend}_{setting.name}")
     options: dict[str, Any] = {"max_autotune": setting.max_autotune}
     compiled = torch.compile(step, backend=backend, dynamic=False, options=options)
-    log = decisions.DecisionLog()
 
     def call(x: Tensor) -> Tensor:
         with torch.no_grad():
             return compiled(x)
 
-    variant = Variant(backend, setting, call, log)
-    with _settings(setting), _collect_into(log):
+    variant = Variant(backend, setting, call, decisions.DecisionLog(), [])
+    with watch(variant):
         for index in range(max(WARMUP_CALLS, len(inputs))):
             call(inputs[index % len(inputs)])
     return variant
@@ -117,23 +131,42 @@ def compile_variant(
 @contextlib.contextmanager
 def watch(variant: Variant) -> Iterator[None]:
     """Log recompilations made inside the block, and make them under the settings."""
+    known = set(_generated_modules())
     with _settings(variant.setting), _collect_into(variant.log):
         yield
+    modules = _generated_modules()
+    variant.modules += [modules[name] for name in modules.keys() - known]
 
 
 def release() -> None:
-    """Free every compiled graph, and with it the packed weights of frozen ones.
-
-    Inductor keeps the modules it generates in ``sys.modules``, and a frozen graph's
-    weights are attributes of its module: without this a sweep grows by gigabytes.
-    """
-    from torch._inductor.codecache import PyCodeCache
-
+    """Free every compiled graph and every weight packed for one."""
     torch.compiler.reset()
-    for module in PyCodeCache.modules:
-        sys.modules.pop(module.__name__, None)
-    PyCodeCache.cache_clear()
+    for name, module in _generated_modules().items():
+        _drop_tensors(module)
+        del sys.modules[name]
     gc.collect()
+
+
+def _generated_modules() -> dict[str, types.ModuleType]:
+    """The modules Inductor generated so far, by their full name."""
+    prefix = "torch._inductor.runtime.compile_tasks."
+    return {
+        name: module
+        for name, module in sys.modules.items()
+        if name.startswith(prefix) and isinstance(module, types.ModuleType)
+    }
+
+
+def _closed(x: Tensor) -> Tensor:
+    """Stands for the call of a closed variant."""
+    raise RuntimeError("this variant was closed")
+
+
+def _drop_tensors(module: types.ModuleType) -> None:
+    """Delete a generated module's tensors: Inductor itself never lets them go."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Tensor):
+            delattr(module, name)
 
 
 def _own_code(model: nn.Module, label: str) -> Callable[[Tensor], Tensor]:
@@ -155,8 +188,12 @@ def _settings(setting: Setting) -> Iterator[None]:
         "freezing": setting.freezing,
         "force_disable_caches": True,
         "autotune_num_choices_displayed": 0,
+        "max_autotune_report_choices_stats": False,
     }
-    with inductor_config.patch(patches):
+    known = {key: patches[key] for key in patches if hasattr(inductor_config, key)}
+    with inductor_config.patch(known), warnings.catch_warnings():
+        for message in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 

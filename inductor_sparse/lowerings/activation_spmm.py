@@ -2,7 +2,7 @@
 
 Elsewhere, and for dtypes the template does not know, the op itself runs.
 
-Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` output features.
+Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` outputs.
 """
 
 from __future__ import annotations

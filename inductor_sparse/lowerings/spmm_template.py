@@ -28,6 +28,9 @@ from inductor_sparse import templates
 
 Range = tuple[str, str]
 
+WIDTH = "group_cols"
+"""The name in a template of the columns of its ``sums`` buffer, which is row-major."""
+
 
 class SpmmTemplate(CppTemplate):
     """A sparse product ``[M, N]`` whose kernel text is a file in ``templates/cpp``.
@@ -58,11 +61,8 @@ class SpmmTemplate(CppTemplate):
     ) -> str:
         """The C++ text, with ``epilogue_nodes`` applied where the sums are stored."""
         product = template_buffer_node or self.output_node
-        epilogue = _Epilogue(
-            product,
-            list(epilogue_nodes or []),
-            bool(flag_template_buffer_has_other_users),
-        )
+        product_is_used = bool(flag_template_buffer_has_other_users)
+        epilogue = _Epilogue(product, list(epilogue_nodes or []), product_is_used)
         text = templates.load(f"cpp/{self.name}.cpp.jinja")
         with contextlib.ExitStack() as stack:
             for buffer in epilogue.local:
@@ -138,9 +138,7 @@ class _Epilogue:
         """A function of the ranges of rows and columns that prints the store."""
 
         def store(rows: Range, cols: Range) -> str:
-            size = parse_expr_with_index_symbols(
-                [f"{rows[1]} - {rows[0]}", "group_cols"]
-            )
+            size = parse_expr_with_index_symbols([f"{rows[1]} - {rows[0]}", WIDTH])
             layout = ir.FixedLayout(torch.device("cpu"), torch.float, size)
             sums = kernel.local_buffers["sums"] = ir.Buffer(name="sums", layout=layout)
             spans = [("0", f"{end} - {start}") for start, end in (rows, cols)]

@@ -18,6 +18,7 @@ from inductor_sparse.passes import (
     cleanup,
     gated_matmul,
     higher_order,
+    observe_density,
     relu_matmul,
     relu_squared_matmul,
 )
@@ -29,6 +30,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     relu_matmul.RULE,
     gated_matmul.RULE,
     higher_order.PASS,
+    observe_density.PASS,
     cleanup.PASS,
 )
 """The passes in the order they run."""
@@ -45,14 +47,15 @@ def run(graph: fx.Graph | fx.GraphModule, context: PassContext) -> None:
     gm = graph.owning_module if isinstance(graph, fx.Graph) else graph
     if gm is None:
         raise SparseError("the graph has no owner; pass the GraphModule instead")
+    before = _text(gm) if context.observers else ""
     for graph_pass in PIPELINE:
-        before = _text(gm) if context.observers else ""
         start = time.perf_counter()
         _run_one(gm, graph_pass, context)
         seconds = time.perf_counter() - start
         after = _text(gm) if context.observers else ""
         for observer in context.observers:
             observer(graph_pass.name, before, after, seconds)
+        before = after
     gm.recompile()
 
 

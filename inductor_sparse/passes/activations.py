@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from inductor_sparse.passes.fx_utils import (
-    CASTS,
     aten,
     is_call,
+    is_cast,
     is_widening,
     is_zero,
     sign_test,
@@ -48,7 +48,7 @@ def as_relu(node: fx.Node) -> fx.Node | None:
 
     ``z`` may have a narrower dtype than ``node``: the widening is then inside.
     """
-    if is_call(node, CASTS):
+    if is_cast(node):
         return _through_cast(node, as_relu)
     if is_call(node, {aten.relu.default, aten.alias.default, aten.detach.default}):
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -72,7 +72,7 @@ def as_relu_squared(node: fx.Node) -> fx.Node | None:
     Squares of a widened bfloat16 or float16 are exact, so that narrowing afterwards
     rounds once, exactly as squaring in the narrow dtype does.
     """
-    if is_call(node, CASTS):
+    if is_cast(node):
         return _through_cast(node, as_relu_squared)
     if is_call(node, {aten.alias.default, aten.detach.default}):
         return as_relu_squared(node.args[0])  # type: ignore[arg-type]
@@ -91,6 +91,8 @@ def as_relu_squared(node: fx.Node) -> fx.Node | None:
 
 def square_root(node: object) -> fx.Node | None:
     """``x`` if ``node`` is ``x ** 2`` or ``x * x``, else None."""
+    if is_call(node, {aten.square.default}):
+        return node.args[0]  # type: ignore[union-attr, return-value]
     if is_call(node, _POWS) and is_exponent_two(node):  # type: ignore[arg-type]
         return node.args[0]  # type: ignore[union-attr, return-value]
     if is_call(node, _MULS) and node.args[0] is node.args[1]:  # type: ignore[union-attr]

@@ -27,7 +27,13 @@ from inductor_sparse.passes.fx_utils import (
 )
 from inductor_sparse.passes.producers import Producer
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
-from inductor_sparse.passes.weights import Copy, Weight, emit_weight, resolve_weight
+from inductor_sparse.passes.weights import (
+    Copy,
+    Weight,
+    copy_bytes,
+    emit_weight,
+    resolve_weight,
+)
 
 if TYPE_CHECKING:
     from inductor_sparse.plan import Plan
@@ -138,8 +144,9 @@ class Rule(abc.ABC):
     def _apply(
         self, site: Site, weight: Weight, decision: Decision, context: PassContext
     ) -> None:
-        node, decision.weight_copy_bytes = emit_weight(weight, site.matmul)
+        node = emit_weight(weight, site.matmul)
         product = self.rewrite(site, node, context)
+        decision.weight_copy_bytes = copy_bytes(product)
         decision.status = Status.APPLIED
         decision.op = product.target.overloadpacket.__name__  # type: ignore[union-attr]
         product.meta[SITE_KEY] = decision.site

@@ -26,7 +26,7 @@ from inductor_sparse.passes.sites import forward_sites
 
 
 class Canonicalize:
-    """Rewrites the activation of each candidate site in place."""
+    """Every exact spelling of relu(x) and relu(x)² before a matmul gets one form."""
 
     name = "sparse_canonicalize"
 
@@ -47,12 +47,19 @@ def _canonicalize(node: fx.Node) -> None:
         return
     z = with_dtype(as_relu_squared(node), value.dtype)
     if z is not None and not _is_canonical_square(node):
-        relu = insert_call(node, aten.relu.default, (z,))
+        relu = _relu_of(z, node)
         replace(node, insert_call(node, aten.pow.Tensor_Scalar, (relu, 2)))
         return
     z = with_dtype(as_relu(node), value.dtype)
     if z is not None and not is_call(node, {aten.relu.default}):
-        replace(node, insert_call(node, aten.relu.default, (z,)))
+        replace(node, _relu_of(z, node))
+
+
+def _relu_of(z: fx.Node, before: fx.Node) -> fx.Node:
+    for user in z.users:
+        if is_call(user, {aten.relu.default}) and user < before:
+            return user
+    return insert_call(before, aten.relu.default, (z,))
 
 
 def _is_canonical_square(node: fx.Node) -> bool:

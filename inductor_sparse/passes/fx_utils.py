@@ -50,7 +50,11 @@ CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
 _COMPARES = frozenset({aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar})
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_MODULE_PREFIX = re.compile(r"^(L__self__|L\['[^']*'\])\.?")
+_MODULE_PREFIX = re.compile(
+    r"^(L__self__|[LG]\['[^']*'\](\.__closure__\[\d+\]\.cell_contents)?)\.?"
+)
+_MODULE_ITEM = re.compile(r"(?:\._modules)?\['?([^'\]]+)'?\]")
+_NOT_INHERITED = frozenset({"val", "tensor_meta", "inductor_sparse_site"})
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
@@ -93,15 +97,21 @@ def source_tensor(node: fx.Node) -> fx.Node:
     return peel(node, VIEWS | CASTS)[0]
 
 
+def is_cast(node: object) -> bool:
+    """Whether a node only changes the dtype: a copy to another device is no cast."""
+    if not is_call(node, CASTS):
+        return False
+    to, source = tensor_of(node), tensor_of(node.args[0])  # type: ignore[union-attr]
+    return to is not None and source is not None and to.device == source.device
+
+
 def is_widening(cast: object) -> bool:
     """Whether a node is a cast between floating dtypes that loses nothing."""
-    if not is_call(cast, CASTS):
+    if not is_cast(cast):
         return False
-    to, source = tensor_of(cast), tensor_of(cast.args[0])  # type: ignore[union-attr]
-    if to is None or source is None:
-        return False
-    floating = to.dtype.is_floating_point and source.dtype.is_floating_point
-    return floating and torch.promote_types(source.dtype, to.dtype) == to.dtype
+    to, source = cast.meta["val"].dtype, cast.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    floating = to.is_floating_point and source.is_floating_point
+    return floating and torch.promote_types(source, to) == to
 
 
 def with_dtype(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
@@ -152,8 +162,9 @@ def module_path(node: fx.Node) -> str:
     entries = list(stack.values())
     if not entries:
         return ""
-    path = str(entries[-1][0])
-    return re.sub(r"\[(\d+)\]", r".\1", _MODULE_PREFIX.sub("", path))
+    path = _MODULE_PREFIX.sub("", str(entries[-1][0]))
+    path = _MODULE_ITEM.sub(r".\1", path).replace("_orig_mod.", "")
+    return path.removeprefix("_modules").removeprefix(".")
 
 
 def source_line(node: fx.Node) -> str:
@@ -180,9 +191,10 @@ def insert_call(
     graph = before.graph
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs)
-    for key in ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag"):
-        if key in before.meta:
-            node.meta[key] = before.meta[key]
+    # Everything inherited: the partitioner reads tags of recomputation, for one.
+    node.meta.update(
+        {key: meta for key, meta in before.meta.items() if key not in _NOT_INHERITED}
+    )
     values = plain_value(args)
     with torch._guards.detect_fake_mode(values) or nullcontext():
         node.meta["val"] = target(*values, **(kwargs or {}))  # type: ignore[misc]

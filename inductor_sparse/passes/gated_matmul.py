@@ -46,7 +46,7 @@ class _Glu:
 
 
 class GatedMatmul(Rule):
-    """Takes every site whose producer is a product of an activation and something."""
+    """mm(relu(g) * up, w), also with relu(g)²: glu_spmm or activation_spmm."""
 
     name = "gated_matmul"
 
@@ -62,7 +62,7 @@ class GatedMatmul(Rule):
         if glu is None:
             return emit_activation_spmm(site, weight)
         gate = replay_views(glu.gate_views, glu.gate, site.matmul)
-        w_up, _ = emit_weight(glu.w_up_FD, site.matmul)
+        w_up = emit_weight(glu.w_up_FD, site.matmul)
         target = torch.ops.inductor_sparse.glu_spmm.default
         return insert_call(
             site.matmul, target, (gate, glu.x_MD, w_up, weight, glu.activation)

@@ -23,7 +23,7 @@ _RULES = {
 
 
 class HigherOrder:
-    """Looks into subgraphs without changing them."""
+    """Records the sites inside of torch.cond and its kin, and leaves them dense."""
 
     name = "sparse_higher_order"
 

@@ -7,88 +7,95 @@ what the backward keeps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from inductor_sparse import decisions, passes
+from inductor_sparse._compat import GraphPass as GraphPassFunction
 from inductor_sparse._compat import (
+    HAS_DESCRIPTORS,
     aot_graph_name,
-    as_pass_tuple,
     input_descriptor,
+    is_tracing,
     traced_static_positions,
 )
 from inductor_sparse.decisions import GraphDecisions, Reason
-from inductor_sparse.passes.base import Observer, PassContext
+from inductor_sparse.dumps import DumpWriter
+from inductor_sparse.passes.base import PassContext
 from inductor_sparse.passes.sites import is_tangent_name
-
-if TYPE_CHECKING:
-    from inductor_sparse.plan import Plan
+from inductor_sparse.plan import Plan
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class SparsePass(CustomGraphPass):
-    """Runs the user's own pass, then :data:`inductor_sparse.passes.PIPELINE`.
+    """Runs the user's own passes, then :data:`inductor_sparse.passes.PIPELINE`.
 
     Args:
         options: the ``sparse.*`` options, without their prefix.
-        user_pass: what the slot held before: None, a pass, or a sequence of passes.
-        dynamo_graph: the graph Dynamo handed to the backend, and
-        inputs: its inputs; they tell which inputs are parameters, and which of those
-            are inference tensors.  Without them (export) parameters are still found
-            where AOTAutograd says so, or as attributes of the graph.
-        plan: measurements by site, or None.
+        user_passes: what the slot held before; they run first.
         demoted: sites that must stay dense, with the reason.
-        observe: makes, from the name of a graph, the observers of its passes.
-        on_graph: called with the decisions of each graph after they were recorded.
+        untracked_positions: positions of Dynamo's inputs that are inference tensors.
+        dynamo_graph: the graph Dynamo handed to the backend; it tells which inputs are
+            parameters.  An inference graph, or an exported one, says so itself.
+
+    ``graphs`` holds the decisions of each graph it ran on; it stays empty when a
+    compiled graph comes from a cache.  ``writer`` is the dump of the last graph.
+
+    Raises:
+        SparsePlanError: the plan file of ``options["plan"]`` cannot be read.
     """
 
     def __init__(
         self,
         options: Mapping[str, Any],
+        user_passes: Sequence[GraphPassFunction] = (),
         *,
-        user_pass: Any = None,
-        dynamo_graph: fx.GraphModule | None = None,
-        inputs: Sequence[object] = (),
-        plan: Plan | None = None,
         demoted: Mapping[str, Reason] | None = None,
-        observe: Callable[[str], list[Observer]] | None = None,
-        on_graph: Callable[[GraphDecisions], None] | None = None,
+        untracked_positions: frozenset[int] = frozenset(),
+        dynamo_graph: fx.GraphModule | None = None,
     ) -> None:
         self.options = dict(options)
-        self.user_passes = as_pass_tuple(user_pass)
-        self.plan = plan
+        self.user_passes = tuple(user_passes)
         self.demoted = dict(demoted or {})
-        self.observe = observe
-        self.on_graph = on_graph
+        self.graphs: list[GraphDecisions] = []
+        self.writer: DumpWriter | None = None
+        path = str(self.options.get("plan", ""))
+        self._plan = Plan.load(path) if path else None
         self._static = static_positions(dynamo_graph)
-        self._untracked = frozenset(
-            i
-            for i, value in enumerate(inputs)
-            if isinstance(value, torch.Tensor) and value.is_inference()
-        )
+        self._untracked = untracked_positions
 
     def __call__(self, graph: fx.Graph, *args: Any, **kwargs: Any) -> None:
-        """Run on one graph; branches of higher-order ops get the user's pass only."""
+        """Run on one graph; branches of higher-order ops get the user's passes only.
+
+        Raises:
+            SparsePlanError: the plan was made for another model.
+        """
         for user_pass in self.user_passes:
             user_pass(graph, *args, **kwargs)
         if is_branch(graph):
             return
         record = GraphDecisions(aot_graph_name())
+        self.writer = DumpWriter(str(self.options.get("dump_dir", "")), record.graph)
         passes.run(graph, self.context(graph, record))
+        if self._plan is not None:
+            self._plan.check_matches(decision.site for decision in record.decisions)
+        self.writer.decisions(record)
+        self.writer.finish()
+        self.graphs.append(record)
         decisions.record(record)
-        if self.on_graph is not None:
-            self.on_graph(record)
 
     def context(self, graph: fx.Graph, record: GraphDecisions) -> PassContext:
         """What the passes know about ``graph`` besides the graph."""
         inputs = graph.find_nodes(op="placeholder")
+        observe = self.writer is not None and self._is_watched()
         return PassContext(
             options=self.options,
             graph=record,
@@ -99,10 +106,15 @@ class SparsePass(CustomGraphPass):
                 for position, node in enumerate(inputs)
                 if _dynamo_position(node, position) in self._untracked
             ),
-            plan=self.plan,
+            plan=self._plan,
             demoted=self.demoted,
-            observers=self.observe(record.graph) if self.observe else [],
+            observers=[self.writer.on_pass] if observe else [],  # type: ignore[union-attr]
         )
+
+    def _is_watched(self) -> bool:
+        # Printing a graph costs more than most passes: only for someone who reads it.
+        logged = logging.getLogger(passes.__name__).isEnabledFor(logging.INFO)
+        return bool(self.options.get("dump_dir")) or logged or is_tracing()
 
     def uuid(self) -> Any:
         """What a compiled graph depends on through us; None if a user pass hides it."""
@@ -110,7 +122,7 @@ class SparsePass(CustomGraphPass):
         if any(user_id is None for user_id in user_ids):
             return None
         options = sorted((name, repr(value)) for name, value in self.options.items())
-        plan = self.plan.to_dict() if self.plan is not None else None
+        plan = self._plan.to_dict() if self._plan is not None else None
         demoted = sorted((site, reason.value) for site, reason in self.demoted.items())
         parts = (source_hash(), options, plan, demoted, user_ids)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -141,7 +153,8 @@ def is_branch(graph: fx.Graph) -> bool:
         for node in graph.find_nodes(op="placeholder")
         if isinstance(node.meta.get("val"), torch.Tensor)
     ]
-    return bool(tensors) and not any(input_descriptor(node)[0] for node in tensors)
+    described = any(input_descriptor(node)[0] for node in tensors)
+    return HAS_DESCRIPTORS and bool(tensors) and not described
 
 
 def static_positions(dynamo_graph: fx.GraphModule | None) -> frozenset[int]:

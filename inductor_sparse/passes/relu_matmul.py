@@ -16,7 +16,7 @@ from inductor_sparse.passes.sites import Site
 
 
 class ReluMatmul(Rule):
-    """Takes every site whose producer is one activation function, sparse or not."""
+    """mm(relu(z), w) skips the rows of w that meet a zero: activation_spmm."""
 
     name = "relu_matmul"
 

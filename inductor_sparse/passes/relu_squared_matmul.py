@@ -16,7 +16,7 @@ from inductor_sparse.passes.sites import Site
 
 
 class ReluSquaredMatmul(Rule):
-    """Takes every site whose producer is squared, sparse or not."""
+    """mm(relu(z)², w) skips the rows of w that meet a zero: activation_spmm."""
 
     name = "relu_squared_matmul"
 

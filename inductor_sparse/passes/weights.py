@@ -8,7 +8,7 @@ copy and the runtime keeps it; an autocast to a lower precision goes into it too
 from __future__ import annotations
 
 import dataclasses
-import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from inductor_sparse.passes.fx_utils import (
     aten,
     insert_call,
     is_call,
+    is_cast,
     peel,
     plain_value,
     tensor_of,
@@ -65,11 +66,6 @@ class Copy:
             self.dtype,
         )
 
-    @property
-    def nbytes(self) -> int:
-        """The memory the copy holds."""
-        return math.prod(self.size) * self.dtype.itemsize
-
 
 Weight = fx.Node | Copy
 
@@ -106,8 +102,8 @@ def resolve_weight(rhs: fx.Node, context: PassContext) -> Weight | Rejection:
     written = (user.args[0] for user in weight.users if is_call(user, _MUTATIONS))
     if any(target is weight for target in written):
         return _not_static("the compiled function itself changes it")
-    if len(casts) > 1:
-        return _not_static("it is cast more than once")
+    if len(casts) > 1 or not all(map(is_cast, casts)):
+        return _not_static("it is cast more than once, or moved between devices")
     return _window(weight, chain, value)
 
 
@@ -124,12 +120,11 @@ def _window(weight: fx.Node, chain: list[fx.Node], value: Tensor) -> Copy | Reje
     view = base = tensor_of(weight)
     if base is None:
         return _not_static("its layout is unknown")
-    mode = torch._guards.detect_fake_mode(base)
+    views = [node for node in reversed(chain) if not is_call(node, CASTS)]
     try:
-        for node in reversed(chain):
-            if not is_call(node, CASTS):
-                with mode:  # type: ignore[union-attr]
-                    view = node.target(view, *plain_value(node.args[1:]))  # type: ignore[operator, misc]
+        with torch._guards.detect_fake_mode(base) or nullcontext():
+            for node in views:
+                view = node.target(view, *plain_value(node.args[1:]))  # type: ignore[operator, misc]
     except RuntimeError:
         return _not_static("its views do not apply before the cast")
     assert view is not None
@@ -141,17 +136,28 @@ def _window(weight: fx.Node, chain: list[fx.Node], value: Tensor) -> Copy | Reje
     return Copy(weight, tuple(view.shape), view.stride(), offset, value.dtype)
 
 
-def emit_weight(weight: Weight, before: fx.Node) -> tuple[fx.Node, int]:
-    """The node holding the weight, and the bytes of extra memory this node adds.
+def emit_weight(weight: Weight, before: fx.Node) -> fx.Node:
+    """The node holding the weight, inserted before another node if it is a copy.
 
     A second site that needs the same copy of a tied weight shares the node.
     """
     if isinstance(weight, fx.Node):
-        return weight, 0
+        return weight
     target = torch.ops.inductor_sparse.row_major_weight.default
     for user in weight.weight.users:
         if is_call(user, {target}) and tuple(user.args) == weight.args:
             if before < user:
                 before.prepend(user)
-            return user, 0
-    return insert_call(before, target, weight.args), weight.nbytes
+            return user
+    return insert_call(before, target, weight.args)
+
+
+def copy_bytes(product: fx.Node) -> int:
+    """The memory held by weight copies that this node is the first to use."""
+    target = torch.ops.inductor_sparse.row_major_weight.default
+    copies = [
+        tensor_of(source)
+        for source in product.all_input_nodes
+        if is_call(source, {target}) and len(source.users) == 1
+    ]
+    return sum(copy.numel() * copy.itemsize for copy in copies if copy is not None)

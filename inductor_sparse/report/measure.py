@@ -19,9 +19,7 @@ from torch import Tensor, fx
 from inductor_sparse import reference
 from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseShapeError
-
-SITE_META = "inductor_sparse_site"
-"""The node that computes a site carries the site's key under this name in its meta."""
+from inductor_sparse.passes.sites import SITE_KEY
 
 ENERGY_SAMPLE = 2**20
 """Elements of one operand that the 2:4 loss is measured on: rows at even distances.
@@ -99,6 +97,17 @@ class MeasuredGraph:
     decisions: GraphDecisions
     stats: dict[str, SiteStats] = dataclasses.field(default_factory=dict)
 
+    def put_in_order(self, gm: fx.GraphModule) -> None:
+        """Sort the decisions as the sites run; rule by rule is how they were made.
+
+        Sites inside a higher-order op have no node of their own and come last.
+        """
+        sites = [
+            node.meta[SITE_KEY] for node in gm.graph.nodes if SITE_KEY in node.meta
+        ]
+        position = {site: i for i, site in enumerate(sites)}
+        self.decisions.decisions.sort(key=lambda d: position.get(d.site, len(sites)))
+
 
 class MeasuringInterpreter(fx.Interpreter):
     """Executes a graph with eager ops and adds each site's operand to ``measured``."""
@@ -109,7 +118,7 @@ class MeasuringInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Measure the operand if ``n`` is a site, then compute ``n`` as usual."""
-        site = n.meta.get(SITE_META)
+        site = n.meta.get(SITE_KEY)
         if site is not None:
             args, _ = self.fetch_args_kwargs_from_env(n)
             stats = self._measured.stats.setdefault(site, SiteStats())
@@ -133,7 +142,7 @@ def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
         args: its positional arguments as real tensors.
     """
     if target is _ops.activation_spmm.default:
-        z, _, activation = args
+        z, _, activation, *_counters = args
         return reference.activation(z, activation)
     if target is _ops.glu_spmm.default:
         gate_RK, x, w_up, _, activation = args

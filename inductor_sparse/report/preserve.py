@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.pgo import get_code_state
 from torch.utils import _pytree as pytree
 
 
@@ -41,21 +43,39 @@ def preserved(model: Any, inputs: Any) -> Iterator[None]:
             for child, held in buffers:
                 child._buffers.clear()
                 child._buffers.update(held)
-            for tensor, copy in saved:
-                _restore(tensor, copy)
+            for tensor, value in saved:
+                _restore(tensor, value)
 
 
-def _restore(tensor: Tensor, copy: Tensor) -> None:
-    """Write ``copy`` back, unless nothing changed: a write counts as a new version."""
+def _restore(tensor: Tensor, value: Tensor) -> None:
+    """Write ``value`` back, unless nothing changed: a write counts as a new version."""
     # Only inference mode may write to an inference tensor.
     mode = torch.inference_mode() if tensor.is_inference() else torch.no_grad()
     with mode:
         # The version alone would not do: batch norm updates its statistics without it.
-        if not torch.equal(tensor, copy):
-            tensor.copy_(copy)
+        if not torch.equal(tensor, value):
+            tensor.copy_(value)
 
 
 def _module_of(model: Any) -> nn.Module | None:
     """The module whose state a call of ``model`` may change, if it can be told."""
     owner = getattr(model, "__self__", model)
     return owner if isinstance(owner, nn.Module) else None
+
+
+@contextlib.contextmanager
+def shape_history_preserved() -> Iterator[None]:
+    """Start without, and leave untouched, what Dynamo remembers of sizes seen before.
+
+    Dynamo makes a size dynamic once it has seen two values of it.  A report should
+    neither show a size as dynamic because of an earlier call nor make it so for the
+    next one.
+    """
+    history = get_code_state()
+    before = copy.deepcopy(dict(history))
+    history.clear()
+    try:
+        yield
+    finally:
+        history.clear()
+        history.update(before)

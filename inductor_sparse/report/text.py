@@ -1,4 +1,4 @@
-"""The explain report as fixed-width lines, never truncated.
+"""The explain report as fixed-width lines, never cut short.
 
 Plain for files and pipes, coloured for terminals; the letters are the same.  The last
 column is the decision: it may be long without pushing the others around.
@@ -6,6 +6,7 @@ column is the decision: it may be long without pushing the others around.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from inductor_sparse.report.table import HEADERS, RIGHT_ALIGNED, Row
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+WIDTH = 80
+"""Sentences are folded to this; the table is as wide as what it holds."""
 
 _GAP = "  "
 _TITLE, _HEADER, _APPLIED, _DENSE, _NOTE, _PLAIN = (
@@ -53,12 +57,25 @@ def _lines(
         yield _line(HEADERS, widths), _HEADER
         for row in rows:
             yield _line(row.cells, widths), _APPLIED if row.applied else _DENSE
-            if row.note:
-                yield f"{_GAP}{row.note}", _NOTE
+            for line in _wrapped(row.note, _GAP):
+                yield line, _NOTE
     if notes:
         yield "", _PLAIN
     for note in notes:
-        yield note, _PLAIN
+        for line in _wrapped(note):
+            yield line, _PLAIN
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """Lines of at most :data:`WIDTH`; a longer word, such as a path, stays whole."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

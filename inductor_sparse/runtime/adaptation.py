@@ -34,7 +34,7 @@ _Code = types.CodeType
 
 @dataclasses.dataclass
 class _Counters:
-    """The counters of one graph: one row of ``[calls, dense calls, kept, elements]``."""
+    """The counters of one graph, one row of ``COUNTER_COLUMNS`` a site."""
 
     sites: tuple[str, ...]
     values: Tensor
@@ -55,7 +55,7 @@ _lock = threading.Lock()
 
 
 def site_counters(anchor: Tensor, sites: str) -> Tensor:
-    """The counters of the running graph, one row a site; see :func:`ops.site_counters`."""
+    """The counters of the running graph; see :func:`ops.site_counters`."""
     key = (_current.code, sites)
     counters = _counters.get(key)
     if counters is None:

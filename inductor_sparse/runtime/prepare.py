@@ -8,11 +8,11 @@ import torch
 def prepare(model: torch.nn.Module) -> list[str]:
     """Store the weight of every ``nn.Linear`` column by column, in place.
 
-    Values, shapes and ``state_dict`` keys stay; only strides change, from ``(in, 1)`` to
-    ``(1, out)``.  Then no copy is needed: no memory, and nothing that could go stale.
-    Dense products read either order.  Call it before ``torch.compile``, because strides
-    are guarded.  Saving formats that insist on contiguous tensors (safetensors) need
-    ``.contiguous()`` first.
+    Values, shapes and ``state_dict`` keys stay; only strides change, from ``(in, 1)``
+    to ``(1, out)``.  Then no copy is needed: no memory, and nothing that could go
+    stale.  Dense products read either order.  Call it before ``torch.compile``, because
+    strides are guarded.  Saving formats that insist on contiguous tensors (safetensors)
+    need ``.contiguous()`` first.
 
     A weight that shares its storage with another parameter under a different view is
     left alone, because moving it would untie the two.

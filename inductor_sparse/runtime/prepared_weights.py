@@ -11,8 +11,9 @@ use and made again when the weight has changed.  A change is noticed by
   (``load_state_dict``, optimizer steps, ``copy_`` under ``no_grad``);
 - a sample of 64 elements, for writes that bypass the counter (``param.data.mul_()``).
 
-A write through ``.data`` or ``numpy()`` to fewer elements than the sample can see is the
-one thing not noticed; :func:`forget` drops the copies, :func:`inductor_sparse.prepare` avoids them.
+A write through ``.data`` or ``numpy()`` to elements outside the sample only is the one
+thing not noticed: :func:`forget` drops the copies, :func:`inductor_sparse.prepare`
+avoids them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _lock = threading.Lock()
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Up to ``SAMPLES`` elements spread evenly over the memory of ``weight``, a view."""
+    """Up to ``SAMPLES`` elements spread evenly over the memory of ``weight``."""
     if weight.numel() == 0:
         return weight.flatten()
     pairs = zip(weight.shape, weight.stride(), strict=True)
@@ -69,7 +70,7 @@ def fetch(
     storage_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The cached copy of a window of ``weight``; see :func:`reference.row_major_weight`.
+    """The cached copy of a window of ``weight``; see ``reference.row_major_weight``.
 
     Raises:
         SparseShapeError: the window does not lie inside the weight.
