@@ -18,7 +18,6 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from inductor_sparse import decisions, passes
-from inductor_sparse._compat import GraphPass as GraphPassFunction
 from inductor_sparse._compat import (
     HAS_DESCRIPTORS,
     aot_graph_name,
@@ -26,6 +25,7 @@ from inductor_sparse._compat import (
     is_tracing,
     traced_static_positions,
 )
+from inductor_sparse._compat import GraphPass as GraphPassFunction
 from inductor_sparse.decisions import GraphDecisions, Reason
 from inductor_sparse.dumps import DumpWriter
 from inductor_sparse.passes.base import PassContext
