@@ -9,12 +9,14 @@ its kin) are found by :mod:`inductor_sparse.passes.producers` and keep their ari
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from inductor_sparse.passes.fx_utils import (
     aten,
+    input_of,
     is_call,
     is_cast,
     is_widening,
@@ -24,6 +26,8 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
     with_dtype,
 )
+
+_Recognizer = Callable[[fx.Node], fx.Node | None]
 
 _SMOOTH = {
     aten.sigmoid.default: "sigmoid",
@@ -51,7 +55,7 @@ def as_relu(node: fx.Node) -> fx.Node | None:
     if is_cast(node):
         return _through_cast(node, as_relu)
     if is_call(node, {aten.relu.default, aten.alias.default, aten.detach.default}):
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = input_of(node)
         return source if node.target is aten.relu.default else as_relu(source)
     if is_call(node, {aten.maximum.default}):
         a, b = node.args
@@ -60,9 +64,9 @@ def as_relu(node: fx.Node) -> fx.Node | None:
         return _where_negative_is_zero(node, lambda value: value)
     floor, ceiling = clip_bounds(node)
     if floor == 0 and ceiling == math.inf:
-        return node.args[0]  # type: ignore[return-value]
+        return input_of(node)
     if floor == -math.inf and ceiling == math.inf and is_clip(node):
-        return as_relu(node.args[0])  # type: ignore[arg-type]
+        return as_relu(input_of(node))
     return None
 
 
@@ -75,7 +79,7 @@ def as_relu_squared(node: fx.Node) -> fx.Node | None:
     if is_cast(node):
         return _through_cast(node, as_relu_squared)
     if is_call(node, {aten.alias.default, aten.detach.default}):
-        return as_relu_squared(node.args[0])  # type: ignore[arg-type]
+        return as_relu_squared(input_of(node))
     root = square_root(node)
     if root is not None:
         return as_relu(root)
@@ -92,11 +96,11 @@ def as_relu_squared(node: fx.Node) -> fx.Node | None:
 def square_root(node: object) -> fx.Node | None:
     """``x`` if ``node`` is ``x ** 2`` or ``x * x``, else None."""
     if is_call(node, {aten.square.default}):
-        return node.args[0]  # type: ignore[union-attr, return-value]
-    if is_call(node, _POWS) and is_exponent_two(node):  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[union-attr, return-value]
-    if is_call(node, _MULS) and node.args[0] is node.args[1]:  # type: ignore[union-attr]
-        return node.args[0]  # type: ignore[union-attr, return-value]
+        return input_of(node)
+    if is_call(node, _POWS) and is_exponent_two(node):
+        return input_of(node)
+    if is_call(node, _MULS) and node.args[0] is node.args[1]:
+        return input_of(node)
     return None
 
 
@@ -106,9 +110,9 @@ def is_exponent_two(node: fx.Node) -> bool:
     return isinstance(exponent, (int, float)) and exponent == 2
 
 
-def _through_cast(cast: fx.Node, recognize: object) -> fx.Node | None:
-    inner: fx.Node = cast.args[0]  # type: ignore[assignment]
-    z = recognize(inner)  # type: ignore[operator]
+def _through_cast(cast: fx.Node, recognize: _Recognizer) -> fx.Node | None:
+    inner = input_of(cast)
+    z = recognize(inner)
     if z is None:
         return None
     if is_widening(cast):
@@ -122,7 +126,7 @@ def _through_cast(cast: fx.Node, recognize: object) -> fx.Node | None:
     return narrow if fits else None
 
 
-def _where_negative_is_zero(node: fx.Node, root: object) -> fx.Node | None:
+def _where_negative_is_zero(node: fx.Node, root: _Recognizer) -> fx.Node | None:
     # where(z <= 0, 0, f(z)): NaN fails the test and so takes f(z), as relu does.
     condition, if_true, if_false = node.args
     test = sign_test(condition)
@@ -131,15 +135,17 @@ def _where_negative_is_zero(node: fx.Node, root: object) -> fx.Node | None:
     if not isinstance(if_false, fx.Node):
         return None
     z = test[1]
-    return _full(node, z) if root(if_false) is z else None  # type: ignore[operator]
+    return _full(node, z) if root(if_false) is z else None
 
 
 def _full(node: fx.Node, z: object) -> fx.Node | None:
+    if not isinstance(z, fx.Node):
+        return None
     value, z_value = tensor_of(node), tensor_of(z)
     if value is None or z_value is None or value.ndim != z_value.ndim:
         return None
     same = value.dtype == z_value.dtype and value.shape == z_value.shape
-    return z if same else None  # type: ignore[return-value]
+    return z if same else None
 
 
 def is_clip(node: object) -> bool:
@@ -198,8 +204,8 @@ def smooth_activation(node: fx.Node) -> str | None:
 
 
 def _smooth_quotient(a: object, b: object) -> str | None:
-    if is_call(b, _ADDS) and is_call(b.args[0], {aten.exp.default}):  # type: ignore[union-attr]
-        exponent = b.args[0].args[0]  # type: ignore[union-attr]
+    if is_call(b, _ADDS) and is_call(b.args[0], {aten.exp.default}):
+        exponent = input_of(input_of(b))
         return "silu" if is_call(exponent, {aten.neg.default}) else None
     if b == 6 and isinstance(a, fx.Node):
         clips = [a, *(x for x in a.args if isinstance(x, fx.Node))]
@@ -212,7 +218,7 @@ def _smooth_product(x: object, gate: object) -> str | None:
     if not isinstance(x, fx.Node) or not isinstance(gate, fx.Node):
         return None
     if is_call(gate, {aten.sigmoid.default}):
-        same = source_tensor(gate.args[0]) is source_tensor(x)  # type: ignore[arg-type]
+        same = source_tensor(input_of(gate)) is source_tensor(x)
         return "silu" if same else None
     if is_call(gate, {aten.tanh.default}) and is_call(gate.args[0], {aten.where.self}):
         return "mish"
@@ -226,12 +232,12 @@ def _smooth_where(condition: object, if_true: object, if_false: object) -> str |
     masked = is_zero(if_false) or is_zero(if_true)
     if masked or not is_call(condition, {aten.gt.Scalar}):
         return None
-    x = condition.args[0]  # type: ignore[union-attr]
+    x = condition.args[0]
     curve = source_tensor(if_false) if isinstance(if_false, fx.Node) else None
     if is_call(curve, {aten.log1p.default}):
         return "softplus"
     if is_call(curve, _MULS):
-        inner = curve.args[0]  # type: ignore[union-attr]
+        inner = curve.args[0]
         if is_call(inner, {aten.expm1.default}):
             return "elu"
         return "leaky_relu" if inner is x else None

@@ -21,6 +21,7 @@ from inductor_sparse.passes.fx_utils import (
     aten,
     insert_call,
     module_path,
+    op_name,
     replace,
     source_line,
     tensor_of,
@@ -75,7 +76,10 @@ class PassContext:
 class GraphPass(Protocol):
     """One step of the pipeline: changes the graph, or records something about it."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What dumps, options and ``disabled_passes`` call it."""
+        ...
 
     def __call__(self, graph: fx.Graph, context: PassContext) -> None:
         """Run on one graph."""
@@ -148,7 +152,7 @@ class Rule(abc.ABC):
         product = self.rewrite(site, node, context)
         decision.weight_copy_bytes = copy_bytes(product)
         decision.status = Status.APPLIED
-        decision.op = product.target.overloadpacket.__name__  # type: ignore[union-attr]
+        decision.op = op_name(product)
         product.meta[SITE_KEY] = decision.site
         finish_site(site, product)
 

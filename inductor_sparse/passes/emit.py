@@ -37,7 +37,9 @@ def direct_input(node: fx.Node) -> tuple[str, fx.Node, list[fx.Node]]:
 def replay_views(views: Iterable[fx.Node], on: fx.Node, before: fx.Node) -> fx.Node:
     """Apply the views of a chain, nearest to the matmul first, to another node."""
     for view in reversed(list(views)):
-        on = insert_call(before, view.target, (on, *view.args[1:]), dict(view.kwargs))  # type: ignore[arg-type]
+        assert callable(view.target)
+        args, kwargs = (on, *view.args[1:]), dict(view.kwargs)
+        on = insert_call(before, view.target, args, kwargs)
     return on
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -58,13 +61,20 @@ _NOT_INHERITED = frozenset({"val", "tensor_meta", "inductor_sparse_site"})
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
-def is_call(node: object, targets: Iterable[Any]) -> bool:
+def is_call(node: object, targets: Container[Any]) -> TypeGuard[fx.Node]:
     """Whether ``node`` is a call of one of ``targets``."""
     return (
         isinstance(node, fx.Node)
         and node.op == "call_function"
         and node.target in targets
     )
+
+
+def input_of(node: fx.Node, position: int = 0) -> fx.Node:
+    """An argument of a node that is known to be a node itself."""
+    argument = node.args[position]
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def tensor_of(node: object) -> Tensor | None:
@@ -83,12 +93,12 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
     return a.ndim == b.ndim and all(map(same_size, a.shape, b.shape))
 
 
-def peel(node: fx.Node, targets: Iterable[Any]) -> tuple[fx.Node, list[fx.Node]]:
+def peel(node: fx.Node, targets: Container[Any]) -> tuple[fx.Node, list[fx.Node]]:
     """Walk back through single-input ops: where it ends, and the nodes passed."""
     passed: list[fx.Node] = []
-    while is_call(node, targets) and isinstance(node.args[0], fx.Node):
+    while is_call(node, targets):
         passed.append(node)
-        node = node.args[0]
+        node = input_of(node)
     return node, passed
 
 
@@ -97,11 +107,11 @@ def source_tensor(node: fx.Node) -> fx.Node:
     return peel(node, VIEWS | CASTS)[0]
 
 
-def is_cast(node: object) -> bool:
+def is_cast(node: object) -> TypeGuard[fx.Node]:
     """Whether a node only changes the dtype: a copy to another device is no cast."""
     if not is_call(node, CASTS):
         return False
-    to, source = tensor_of(node), tensor_of(node.args[0])  # type: ignore[union-attr]
+    to, source = tensor_of(node), tensor_of(node.args[0])
     return to is not None and source is not None and to.device == source.device
 
 
@@ -109,7 +119,7 @@ def is_widening(cast: object) -> bool:
     """Whether a node is a cast between floating dtypes that loses nothing."""
     if not is_cast(cast):
         return False
-    to, source = cast.meta["val"].dtype, cast.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    to, source = cast.meta["val"].dtype, input_of(cast).meta["val"].dtype
     floating = to.is_floating_point and source.is_floating_point
     return floating and torch.promote_types(source, to) == to
 
@@ -122,7 +132,7 @@ def with_dtype(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
             return None
         if value.dtype == dtype:
             return node
-        node = node.args[0] if is_widening(node) else None  # type: ignore[assignment]
+        node = input_of(node) if is_widening(node) else None
     return None
 
 
@@ -134,9 +144,9 @@ def is_zero(value: object) -> bool:
         return False
     node, _ = peel(value, VIEWS | CASTS)
     if is_call(node, {aten.full.default, aten.full_like.default}):
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     if is_call(node, {aten.scalar_tensor.default}):
-        return node.args[0] == 0
+        return bool(node.args[0] == 0)
     if is_call(node, {aten.zeros.default, aten.zeros_like.default}):
         return True
     if node.op == "get_attr" and node.graph.owning_module is not None:
@@ -150,10 +160,16 @@ def sign_test(node: object) -> tuple[str, fx.Node] | None:
     """``("gt", x)`` for a node comparing ``x`` with zero by gt, ge, lt or le."""
     if not is_call(node, _COMPARES):
         return None
-    x, threshold = node.args[:2]  # type: ignore[union-attr]
+    x, threshold = node.args[:2]
     if not isinstance(x, fx.Node) or not is_zero(threshold):
         return None
-    return node.target.overloadpacket.__name__, x  # type: ignore[union-attr]
+    return op_name(node), x
+
+
+def op_name(node: fx.Node) -> str:
+    """The name of the op a node calls, without namespace and overload."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target.overloadpacket.__name__
 
 
 def module_path(node: fx.Node) -> str:
@@ -176,8 +192,8 @@ def source_line(node: fx.Node) -> str:
     return ""
 
 
-def plain_value(argument: object) -> object:
-    """What a node argument stands for: a node's fake value, or the argument itself."""
+def plain_value(argument: Any) -> Any:
+    """What node arguments stand for: a node's fake value, anything else itself."""
     return fx.node.map_arg(argument, lambda node: node.meta["val"])
 
 
@@ -197,7 +213,7 @@ def insert_call(
     )
     values = plain_value(args)
     with torch._guards.detect_fake_mode(values) or nullcontext():
-        node.meta["val"] = target(*values, **(kwargs or {}))  # type: ignore[misc]
+        node.meta["val"] = target(*values, **(kwargs or {}))
     return node
 
 

@@ -23,6 +23,7 @@ from inductor_sparse.passes.emit import direct_input, emit_activation_spmm, repl
 from inductor_sparse.passes.fx_utils import (
     ORDERED_VIEWS,
     aten,
+    input_of,
     insert_call,
     is_call,
     peel,
@@ -106,14 +107,14 @@ def _up_projection(
     only = all(set(inner.users) == {outer} for outer, inner in pairwise(chain))
     if not only or not same_shape(value, lhs) or value.dtype != lhs.dtype:
         return None
-    return matmul.args[0], matmul.args[1]  # type: ignore[return-value]
+    return input_of(matmul), input_of(matmul, 1)
 
 
 def _stored_weight(w_DF: fx.Node, context: PassContext) -> Weight | None:
     """The ``[F, D]`` weight behind its transpose, if it needs no copy but a cast."""
     if not is_call(w_DF, {aten.permute.default, aten.t.default}):
         return None
-    weight = resolve_weight(w_DF.args[0], context)  # type: ignore[arg-type]
+    weight = resolve_weight(input_of(w_DF), context)
     return None if isinstance(weight, Rejection) else weight
 
 

@@ -28,7 +28,7 @@ from inductor_sparse._compat import (
 from inductor_sparse._compat import GraphPass as GraphPassFunction
 from inductor_sparse.decisions import GraphDecisions, Reason
 from inductor_sparse.dumps import DumpWriter
-from inductor_sparse.passes.base import PassContext
+from inductor_sparse.passes.base import Observer, PassContext
 from inductor_sparse.passes.sites import is_tangent_name
 from inductor_sparse.plan import Plan
 
@@ -95,7 +95,6 @@ class SparsePass(CustomGraphPass):
     def context(self, graph: fx.Graph, record: GraphDecisions) -> PassContext:
         """What the passes know about ``graph`` besides the graph."""
         inputs = graph.find_nodes(op="placeholder")
-        observe = self.writer is not None and self._is_watched()
         return PassContext(
             options=self.options,
             graph=record,
@@ -108,13 +107,14 @@ class SparsePass(CustomGraphPass):
             ),
             plan=self._plan,
             demoted=self.demoted,
-            observers=[self.writer.on_pass] if observe else [],  # type: ignore[union-attr]
+            observers=self._observers(),
         )
 
-    def _is_watched(self) -> bool:
+    def _observers(self) -> list[Observer]:
         # Printing a graph costs more than most passes: only for someone who reads it.
         logged = logging.getLogger(passes.__name__).isEnabledFor(logging.INFO)
-        return bool(self.options.get("dump_dir")) or logged or is_tracing()
+        watched = bool(self.options.get("dump_dir")) or logged or is_tracing()
+        return [self.writer.on_pass] if watched and self.writer is not None else []
 
     def uuid(self) -> Any:
         """What a compiled graph depends on through us; None if a user pass hides it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +22,7 @@ from inductor_sparse.passes.fx_utils import (
     CASTS,
     VIEWS,
     aten,
+    input_of,
     is_call,
     is_zero,
     peel,
@@ -29,6 +31,9 @@ from inductor_sparse.passes.fx_utils import (
     source_tensor,
     tensor_of,
 )
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 _MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 _DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
@@ -214,7 +219,7 @@ def _is_scalar(argument: object) -> bool:
     )
 
 
-def _is_full(argument: object, product: Tensor) -> bool:
+def _is_full(argument: object, product: Tensor) -> TypeGuard[fx.Node]:
     # With a single token a [1, F] gate and an [F] norm weight have as many elements:
     # only the number of dimensions tells a factor from a scale.
     value = tensor_of(argument)
@@ -243,9 +248,9 @@ def _collect(node: fx.Node, into: _Factors, budget: int) -> None:
         elif _is_dropout_mask(argument) or not _is_full(argument, product):
             into.scaled = True
         elif _is_nested_product(argument):
-            _collect(argument, into, budget)  # type: ignore[arg-type]
+            _collect(argument, into, budget)
         else:
-            into.full.append((argument, _find(argument, budget)))  # type: ignore[arg-type]
+            into.full.append((argument, _find(argument, budget)))
 
 
 def _is_dropout_mask(argument: object) -> bool:
@@ -257,11 +262,11 @@ def _is_dropout_mask(argument: object) -> bool:
     return drawn or (value is not None and value.dtype == torch.bool)
 
 
-def _is_nested_product(node: object) -> bool:
+def _is_nested_product(node: object) -> TypeGuard[fx.Node]:
     return (
         is_call(node, _MULS)
-        and activations.as_relu_squared(node) is None  # type: ignore[arg-type]
-        and activations.smooth_activation(node) is None  # type: ignore[arg-type]
+        and activations.as_relu_squared(node) is None
+        and activations.smooth_activation(node) is None
     )
 
 
@@ -293,7 +298,7 @@ def _product(node: fx.Node, budget: int) -> Producer | None:
         return Producer(family, activation, node)
     up, up_producer = others[0]
     sparse_up = up_producer is not None and up_producer.reason is None
-    name = f"{activation}*{up_producer.activation if sparse_up else 'up'}"  # type: ignore[union-attr]
+    name = f"{activation}*{up_producer.activation if sparse_up else 'up'}"
     single = len(factors.full) == 2 and not factors.scaled and not factors.positive
     pair = (gate, up) if single and gate is not None else (None, None)
     return Producer(Family.GATED, name, node, gate=pair[0], up=pair[1])
@@ -331,9 +336,10 @@ def _product_without_relu(node: fx.Node, factors: _Factors) -> Producer | None:
 
 
 def _minimum(node: fx.Node, budget: int) -> Producer | None:
-    for argument, other in (node.args, reversed(node.args)):
-        if isinstance(argument, fx.Node) and activations.as_relu(argument) is not None:
-            bound, _ = peel(other, VIEWS | CASTS)  # type: ignore[arg-type]
+    a, b = input_of(node), input_of(node, 1)
+    for argument, other in ((a, b), (b, a)):
+        if activations.as_relu(argument) is not None:
+            bound, _ = peel(other, VIEWS | CASTS)
             if is_call(bound, {aten.full.default, aten.scalar_tensor.default}):
                 clipped = Producer(Family.PLAIN, "relu clipped", node)
                 detail = "the activation is cut off: another function than relu"

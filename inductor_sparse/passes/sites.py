@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from inductor_sparse.decisions import Reason
-from inductor_sparse.passes.fx_utils import aten, is_call, tensor_of
+from inductor_sparse.passes.fx_utils import aten, input_of, is_call, tensor_of
 from inductor_sparse.passes.producers import Producer, find_producer
 
 MATMULS = frozenset(
@@ -70,21 +70,13 @@ def read_site(node: fx.Node) -> Site | None:
     """The site a matmul node is, or None for any other node."""
     if not is_call(node, MATMULS) or tensor_of(node) is None:
         return None
-    bias = None
-    operands = node.args[:2]
-    if node.target in _WITH_BIAS:
-        bias, operands = node.args[0], node.args[1:3]
-    lhs, rhs = operands
+    first = 1 if node.target in _WITH_BIAS else 0
+    lhs, rhs = input_of(node, first), input_of(node, first + 1)
     if tensor_of(lhs) is None or tensor_of(rhs) is None:
         return None
-    return Site(
-        node,
-        lhs,  # type: ignore[arg-type]
-        rhs,  # type: ignore[arg-type]
-        bias,  # type: ignore[arg-type]
-        node.kwargs.get("beta", 1),
-        node.kwargs.get("alpha", 1),
-    )
+    bias = input_of(node) if first else None
+    scales = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    return Site(node, lhs, rhs, bias, *scales)
 
 
 def forward_sites(graph: fx.Graph) -> list[Site]:

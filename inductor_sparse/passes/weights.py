@@ -124,14 +124,16 @@ def _window(weight: fx.Node, chain: list[fx.Node], value: Tensor) -> Copy | Reje
     try:
         with torch._guards.detect_fake_mode(base) or nullcontext():
             for node in views:
-                view = node.target(view, *plain_value(node.args[1:]))  # type: ignore[operator, misc]
+                assert callable(node.target)
+                view = node.target(view, *plain_value(node.args[1:]))
     except RuntimeError:
         return _not_static("its views do not apply before the cast")
     assert view is not None
     offset = view.storage_offset() - base.storage_offset()
-    numbers = (*view.shape, *view.stride(), offset)
+    sizes = (*view.shape, *view.stride())
     same_storage = view.untyped_storage()._cdata == base.untyped_storage()._cdata
-    if not same_storage or not all(isinstance(number, int) for number in numbers):
+    known = all(isinstance(size, int) for size in sizes)
+    if not same_storage or not isinstance(offset, int) or not known:
         return _not_static("its size is symbolic, or it is not a view of a parameter")
     return Copy(weight, tuple(view.shape), view.stride(), offset, value.dtype)
 
