@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import fx
 
@@ -89,9 +89,9 @@ class GraphPass(Protocol):
 class Rule(abc.ABC):
     """Rewrites the matmuls of one kind of producer into an op that skips zeros."""
 
-    name: ClassVar[str]
-    tier: ClassVar[Tier] = Tier.EXACT
-    op: ClassVar[str] = "activation_spmm"
+    name: str
+    tier: Tier = Tier.EXACT
+    op: str = "activation_spmm"
 
     @abc.abstractmethod
     def match(self, site: Site) -> Producer | None:
