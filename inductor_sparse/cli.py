@@ -102,7 +102,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     """``doctor``."""
     from inductor_sparse import doctor
 
-    with progress(1, "checks") as update:
+    with progress(None, "checks") as update:
         update("checking", 0)
         checks = doctor.run_checks()
     failed = doctor.has_failure(checks)
@@ -121,10 +121,9 @@ def _explain(arguments: argparse.Namespace) -> int:
     from inductor_sparse.report.explain import explain
 
     model, args, kwargs = load_target(arguments.target)
-    with progress(1, "models") as update:
+    with progress(None, "models") as update:
         update("compiling and running once", 0)
         report = explain(model, *args, **kwargs)
-        update("done", 1)
     data = report.to_dict()
     if arguments.json:
         print(json.dumps(data, indent=2))
@@ -154,8 +153,8 @@ def describe_passes() -> list[dict[str, Any]]:
     """The pipeline in order: ``name``, ``kind``, ``tier`` and ``summary`` of each step.
 
     ``kind`` is ``rule`` for a step that rewrites matmuls and ``pass`` for one that
-    prepares or checks; only a rule has a ``tier``.  ``summary`` is the first line of the
-    docstring of the file the step lives in.
+    prepares or checks; only a rule has a ``tier``.  ``summary`` is the first line of
+    the docstring of the file the step lives in.
     """
     from inductor_sparse.passes import PIPELINE, Rule
 
@@ -173,7 +172,7 @@ def describe_passes() -> list[dict[str, Any]]:
 def _summary(step: object) -> str:
     """The first line of the docstring of the file a step lives in."""
     lines = (sys.modules[type(step).__module__].__doc__ or "").strip().splitlines()
-    return lines[0] if lines else ""
+    return lines[0].replace("``", "`") if lines else ""
 
 
 def load_target(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -173,7 +173,7 @@ def _run_bench(
     arguments: argparse.Namespace,
     columns: Sequence[Column],
     total: int,
-    start: Callable[[Callable[[str], None]], Iterable[Row]],
+    start: Callable[[Callable[[str], object]], Iterable[Row]],
     append: bool = False,
 ) -> int:
     """Run a benchmark, keep each row as it comes, and print the table at the end."""

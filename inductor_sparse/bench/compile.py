@@ -23,7 +23,7 @@ from inductor_sparse.bench.rows import Row, machine
 from inductor_sparse.bench.variants import release
 from inductor_sparse.errors import NothingAppliedError
 
-Report = Callable[[str], None]
+Report = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)

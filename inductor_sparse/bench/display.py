@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from inductor_sparse.errors import SparseError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Update = Callable[[str, int], object]
+"""Told what is going on and how many steps are done."""
 
 QUIET_SECONDS = 2.0
 """Work shorter than this shows no progress at all."""
@@ -80,49 +87,58 @@ def print_report(report: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
-    """Show how far a job of ``total`` steps is; yields ``update(message, steps_done)``.
+def progress(total: int | None, unit: str) -> Iterator[Update]:
+    """Show how far a job is; yields ``update(message, steps_done)``.
 
-    A bar on a terminal, shown once the job has run for two seconds; elsewhere a line
-    per finished step, so that a log of a long job is neither empty nor full of bars.
+    On a terminal a bar, shown once the job has run for two seconds, with the time
+    elapsed.  Elsewhere a line per finished step, so that the log of a long job is
+    neither empty nor full of bars.
+
+    Args:
+        total: number of steps, or ``None`` for a job without steps.
+        unit: what a step is, in the plural.
     """
-    if not sys.stderr.isatty():
+    bar = _bar() if sys.stderr.isatty() else None
+    if bar is None:
         yield _line_reporter(total, unit)
         return
-    try:
-        from rich import progress as rich_progress
-        from rich.console import Console
-    except ImportError:
-        yield _line_reporter(total, unit)
-        return
-    columns = (
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TextColumn("{task.description}", markup=False),
-    )
-    bar = rich_progress.Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(unit, total=total)
-    started = time.monotonic()
-
-    def update(message: str, steps_done: int) -> None:
-        bar.update(task, completed=steps_done, description=message)
-        if not bar.live.is_started and time.monotonic() - started > QUIET_SECONDS:
-            bar.start()
-
+    timer = threading.Timer(QUIET_SECONDS, bar.start)
+    timer.start()
     try:
-        yield update
+        yield lambda message, done: bar.update(
+            task, completed=done, description=message
+        )
     finally:
+        timer.cancel()
+        timer.join()
         bar.stop()
 
 
-def _line_reporter(total: int, unit: str) -> Callable[[str, int], None]:
+def _bar() -> Progress | None:
+    """A bar that vanishes when it ends, or ``None`` without rich."""
+    try:
+        from rich import progress as parts
+        from rich.console import Console
+    except ImportError:
+        return None
+    columns = (
+        parts.SpinnerColumn(),
+        parts.BarColumn(bar_width=20),
+        parts.MofNCompleteColumn(),
+        parts.TimeElapsedColumn(),
+        parts.TextColumn("{task.description}", markup=False),
+    )
+    return parts.Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _line_reporter(total: int | None, unit: str) -> Update:
     """An ``update`` that prints a line whenever a step was finished."""
     reported = 0
 
     def update(message: str, steps_done: int) -> None:
         nonlocal reported
-        if steps_done > reported:
+        if total is not None and steps_done > reported:
             reported = steps_done
             print(f"{steps_done}/{total} {unit}: {message}", file=sys.stderr)
 

@@ -33,7 +33,7 @@ from inductor_sparse.bench.variants import (
 )
 from inductor_sparse.errors import SparseError
 
-Report = Callable[[str], None]
+Report = Callable[[str], object]
 SETTLE_ATTEMPTS = 3
 
 

@@ -21,7 +21,7 @@ from inductor_sparse.bench.models import DTYPES
 from inductor_sparse.bench.rows import Row, machine
 from inductor_sparse.bench.timing import Evictor, interleave
 
-Report = Callable[[str], None]
+Report = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from inductor_sparse import decisions
 from inductor_sparse.errors import NothingAppliedError
 
-WARMUP_CALLS = 6
+WARMUP_CALLS = 20
 HARMLESS_WARNINGS = (
     ".*force disabled by torch.compiler.config.force_disable_caches",
     "TypedStorage is deprecated",
