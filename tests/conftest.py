@@ -1,10 +1,19 @@
-"""Settings shared by all tests: property tests are repeatable and have no deadline."""
+"""Settings shared by all tests.
+
+Property tests are repeatable and have no deadline.  Every graph is compiled anew, in a
+cache folder that belongs to this run: what an earlier test or an earlier run compiled
+decides nothing here.  Kernels are the exception: the compiled form of the same C++ text
+is shared by all workers of the run.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Helper modules such as `numerics` are imported by name from any folder of tests.
@@ -12,3 +21,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+# One C++ compilation at a time in each worker: a pool of compile processes costs more
+# to start than it saves on graphs this small.  Read by torch when it is imported.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Point Inductor, here and in child processes, at a folder of this run."""
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(run / "inductor"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_cache() -> Iterator[None]:
+    """A graph out of a warm cache has no decisions; tests of the caches turn it on."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    with (
+        inductor_config.patch(fx_graph_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield
