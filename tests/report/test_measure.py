@@ -14,9 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import inductor_sparse.ops  # noqa: F401 (registers the ops)
 from inductor_sparse import reference
 from inductor_sparse.decisions import GraphDecisions
+from inductor_sparse.passes.sites import SITE_KEY
 from inductor_sparse.report import measure
 from inductor_sparse.report.measure import (
-    SITE_META,
     MeasuredGraph,
     MeasuringInterpreter,
     SiteStats,
@@ -32,7 +32,7 @@ def run_measured(
     """Trace ``fn``, mark every ``target`` node as the site "s", run it."""
     gm: fx.GraphModule = make_fx(fn)(*args)
     for node in gm.graph.find_nodes(op="call_function", target=target):
-        node.meta[SITE_META] = "s"
+        node.meta[SITE_KEY] = "s"
     measured = MeasuredGraph(GraphDecisions("g"))
     result = MeasuringInterpreter(gm, measured).run(*args)
     return result, measured.stats["s"]

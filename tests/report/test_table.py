@@ -84,7 +84,7 @@ def test_text_shows_every_field_of_a_site() -> None:
     assert lines[6].endswith("(exact), density 0.8")
     assert "The model was compiled as 2 graphs." in text
     assert "copies of weights hold 3.0 MiB" in text
-    assert f"Hint: too-dense: {HINTS[Reason.TOO_DENSE]}." in text
+    assert f"Hint: too-dense: {HINTS[Reason.TOO_DENSE]}." in " ".join(lines)
 
 
 def test_columns_line_up_and_fit_a_small_terminal() -> None:
@@ -92,7 +92,7 @@ def test_columns_line_up_and_fit_a_small_terminal() -> None:
     assert lines[2].index("M") == lines[3].index("128") == lines[5].index("128")
     assert lines[2].index("decision") == lines[3].index("sparse")
     assert lines[2].index("decision") == lines[5].index("too-dense")
-    assert max(len(line) for line in lines[:8]) <= 80
+    assert max(len(line) for line in lines) <= 80
 
 
 def test_long_and_symbolic_cells_are_never_cut() -> None:
