@@ -94,7 +94,8 @@ class DumpWriter:
         self._trace("decisions", text, encoding="json")
 
     def generated_code(self, name: str, text: str) -> None:
-        """Record generated code, e.g. ``generated_code("kernel.cpp", source)``."""
+        """Record generated code; a ``name`` without a suffix gets that of Python."""
+        name = name if Path(name).suffix else f"{name}.py"
         link = self._write(self._numbered(name), text)
         if link is not None:
             self._links.append(link)

@@ -64,6 +64,7 @@ def test_folder_holds_numbered_files_and_an_index(tmp_path: Path) -> None:
     writer.on_pass("relu_squared_matmul", BEFORE, AFTER, 0.0025)
     writer.decisions(GraphDecisions("g", [dense_decision()], other_matmuls=2))
     writer.generated_code("kernel.cpp", "// code")
+    writer.generated_code("forward", "import torch")
     writer.finish()
     assert writer.folder is not None
     assert sorted(path.name for path in writer.folder.iterdir()) == [
@@ -71,6 +72,7 @@ def test_folder_holds_numbered_files_and_an_index(tmp_path: Path) -> None:
         "01_relu_squared_matmul.before.py",
         "01_relu_squared_matmul.diff",
         "02_kernel.cpp",
+        "03_forward.py",
         "decisions.json",
         "index.md",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from inductor_sparse.decisions import Decision, Reason
 
@@ -56,13 +56,23 @@ HINTS: dict[Reason, str] = {
 """One remedy for each reason."""
 
 
-def hint(decisions: Iterable[Decision]) -> str:
-    """The remedy for the most common reason, or ``""`` if every site is applied.
+_CALIBRATE = (
+    "{count} applied site{plural} had too many non-zeros in these inputs to gain "
+    "anything; inductor_sparse.calibrate() makes a plan that leaves such sites dense "
+    "from the first call on"
+)
 
-    Of equally common reasons the one met first wins.
+
+def hint(decisions: Sequence[Decision]) -> str:
+    """One remedy: for the most common reason, else for sites too dense to gain.
+
+    Of equally common reasons the one met first wins; ``""`` if there is nothing to say.
     """
     reasons = Counter(d.reason for d in decisions if d.reason is not None)
-    if not reasons:
-        return ""
-    reason, _ = reasons.most_common(1)[0]
-    return f"{reason.value}: {HINTS[reason]}"
+    if reasons:
+        reason, _ = reasons.most_common(1)[0]
+        return f"{reason.value}: {HINTS[reason]}"
+    gains = [d.expected_gain for d in decisions if d.expected_gain is not None]
+    count = sum(gain <= 1.0 for gain in gains)
+    plural = "" if count == 1 else "s"
+    return _CALIBRATE.format(count=count, plural=plural) if count else ""

@@ -41,7 +41,9 @@ class MeasuringSession:
     """One model, compiled once for measuring; see :func:`measuring`."""
 
     def __init__(self, model: Any, options: Mapping[str, Any]) -> None:
-        ours, self._inductor_options = split_options(options)
+        ours, inductors = split_options(options)
+        wrapper = torch._TorchCompileInductorWrapper(None, inductors, None)
+        self._inductor_options = dict(wrapper.config)
         self._options = {**config.get_config_copy(), **ours}
         self._model = _uncompiled(model)
         self._compiled = _compat.compile_apart(self._model, self._backend)

@@ -143,6 +143,17 @@ def test_compiled_model_is_unwrapped() -> None:
     assert site["module"] == "down"
 
 
+def test_site_inside_a_higher_order_op_is_listed_unmeasured() -> None:
+    ffn = FFN()
+
+    def either(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, ffn, torch.neg, (x,))
+
+    (site,) = sites_of(explain(either, tokens(3)))
+    assert (site["status"], site["reason"]) == ("dense", "higher-order-op")
+    assert site["density"] is None
+
+
 class Stateful(FFN):
     def __init__(self) -> None:
         super().__init__()

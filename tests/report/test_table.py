@@ -171,6 +171,9 @@ def test_every_reason_has_a_hint_and_the_commonest_wins() -> None:
     assert hint([other, DENSE, DENSE, decision()]).startswith("too-dense: ")
     assert hint([other, DENSE]).startswith("no-kernel-yet: ")
     assert hint([decision()]) == ""
+    idle = decision(expected_gain=1.0)
+    assert hint([idle, idle, decision()]).startswith("2 applied sites had too many")
+    assert hint([idle, other]).startswith("no-kernel-yet: ")
 
 
 @pytest.mark.parametrize(
