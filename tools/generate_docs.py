@@ -1,6 +1,7 @@
 """Write the documents that are made from code; ``--check`` only says if they are stale.
 
-``docs/options.md`` comes from :mod:`inductor_sparse.config`.
+``docs/options.md`` comes from :mod:`inductor_sparse.config`, ``docs/passes.md`` from the
+``passes`` command.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -101,9 +103,33 @@ def options_page() -> str:
     return OPTIONS_HEAD + "".join(rows)
 
 
+PASSES_HEAD = """\
+# Passes
+
+<!-- Made by `make docs` from `python -m inductor_sparse passes`. -->
+
+What runs over a graph, in this order, before Inductor lowers it. A *rule* decides about
+sites; `options={"sparse.disabled_rules": "name"}` turns it off, and its sites stay dense
+with the reason `rule-disabled`.
+
+"""
+
+
+def passes_page() -> str:
+    """The text of ``docs/passes.md``."""
+    command = [sys.executable, "-m", "inductor_sparse", "passes", "--markdown"]
+    listing = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return PASSES_HEAD + listing.stdout
+
+
 def stale() -> dict[Path, str]:
     """The generated files whose content is not what the code says -> right content."""
-    pages = {ROOT / "docs" / "options.md": options_page()}
+    pages = {
+        ROOT / "docs" / "options.md": options_page(),
+        ROOT / "docs" / "passes.md": passes_page(),
+    }
     return {
         path: text
         for path, text in pages.items()
