@@ -1,7 +1,7 @@
 """Write the documents that are made from code; ``--check`` only says if they are stale.
 
-``docs/options.md`` comes from :mod:`inductor_sparse.config`, ``docs/passes.md`` from the
-``passes`` command.
+``docs/options.md`` comes from :mod:`inductor_sparse.config`, ``docs/passes.md`` from
+the ``passes`` command.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ PASSES_HEAD = """\
 
 <!-- Made by `make docs` from `python -m inductor_sparse passes`. -->
 
-What runs over a graph, in this order, before Inductor lowers it. A *rule* decides about
-sites; `options={"sparse.disabled_rules": "name"}` turns it off, and its sites stay dense
-with the reason `rule-disabled`.
+What runs over a graph, in this order, before Inductor lowers it. A *rule* decides
+about sites; `options={"sparse.disabled_rules": "name"}` turns it off, and its sites
+stay dense with the reason `rule-disabled`.
 
 """
 
