@@ -123,5 +123,7 @@ def compile_apart(model: Any, backend: Callable[..., Any]) -> Any:
     Without it every compilation of one code object counts, whichever backend asked.
     """
     accepted = inspect.signature(torch.compile).parameters
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in accepted else {}
+    apart: dict[str, Any] = {}
+    if "isolate_recompiles" in accepted:
+        apart["isolate_recompiles"] = True
     return torch.compile(model, backend=backend, **apart)

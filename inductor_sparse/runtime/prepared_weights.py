@@ -78,7 +78,7 @@ def fetch(
     if weight.is_inference():  # no version counter: nothing could be noticed
         return reference.row_major_weight(weight, size, stride, storage_offset, dtype)
     storage = weight.untyped_storage()
-    offset = weight.storage_offset() + storage_offset
+    offset = int(weight.storage_offset()) + storage_offset
     key = (storage._cdata, tuple(size), tuple(stride), offset, dtype)
     entry = _entries.get(key)
     if (
