@@ -213,9 +213,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
         raise SparseShapeError(f"pack: x has shape {tuple(x.shape)}, expected [M, K]")
     M, S = values_shape(*x.shape)
     x = torch.nn.functional.pad(x, (0, 2 * S - x.shape[1]))
-    # Comparisons are not defined for every 8-bit float, conversions are.
-    filled = (x.float() if x.dtype.itemsize == 1 else x) != 0
-    filled = filled.view(M, S // 2, _GROUP)
+    filled = (x != 0).view(M, S // 2, _GROUP)
     if filled.sum(-1).gt(2).any():
         raise SparseShapeError(
             "pack: a group of four holds more than two non-zeros; choose which to keep "

@@ -222,9 +222,10 @@ def _save_row_major_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _row_major_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     shape, weight_stride, dtype = ctx.weight
-    size, stride, storage_offset = ctx.window
+    size, stride, _ = ctx.window
+    # Such a window starts where the weight does: at any other offset it would leave it.
     axes = _permutation(shape, weight_stride, size, stride)
-    if axes is not None and storage_offset == 0:
+    if axes is not None:
         grad_weight = grad.permute(axes)
     else:
         grad_weight = _scatter_window(grad, shape, weight_stride, ctx.window)

@@ -323,7 +323,7 @@ def check_window(
         )
     extent = strided_extent(size, stride)
     have = strided_extent(weight.shape, weight.stride())
-    if extent and storage_offset + extent > have:
+    if storage_offset + extent > have:
         raise SparseShapeError(
             f"{op}: a window of size {list(size)}, stride {list(stride)} at offset "
             f"{storage_offset} needs {storage_offset + extent} elements, the weight "

@@ -104,7 +104,9 @@ def test_round_trip_of_every_dtype(shape: tuple[int, int], dtype: torch.dtype) -
     assert values.shape == formats.values_shape(M, K)
     assert metadata.shape == formats.metadata_shape(M, K)
     assert values.is_contiguous() and metadata.is_contiguous()
-    assert_same_bits(formats.unpack(values, metadata, K), kept)
+    dense = formats.unpack(values, metadata, K)
+    assert dense.is_contiguous()
+    assert_same_bits(dense, kept)
     assert (values.nbytes, metadata.nbytes) == formats.packed_bytes(M, K, dtype)
 
 
@@ -185,6 +187,11 @@ def test_a_word_may_use_its_sign_bit() -> None:
     values, metadata = formats.pack(x.half())
     assert metadata[0, 0, 0].item() == 0xE4444444 - 2**32
     assert torch.equal(formats.unpack(values, metadata, 64), x.half())
+
+
+def test_pack_stores_a_negative_zero_as_zero() -> None:
+    values, _ = formats.pack(torch.tensor([[-0.0, 1.0, -0.0, -0.0]]))
+    assert not values.signbit().any()
 
 
 def test_packed_bytes() -> None:

@@ -124,6 +124,22 @@ def test_glu_spmm_against_float64(dtype: torch.dtype) -> None:
     assert_within_budget(actual, hidden @ w_down, exact)
 
 
+def test_glu_spmm_rounds_the_up_projection() -> None:
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    x = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16)
+    # 257 is rounded to 256 before it meets the gate; 3 * 257 would be rounded to 772.
+    y = reference.glu_spmm(3 * one, x, one.expand(1, 2), one, "relu")
+    assert y.item() == 768.0
+
+
+@pytest.mark.parametrize("side", ["row_scale", "col_scale"])
+def test_sparse24_mm_scales_before_it_rounds(side: str) -> None:
+    x24 = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16)
+    scale = {side: torch.tensor([1 / 257])}
+    y = reference.sparse24_mm(x24, torch.ones(2, 1, dtype=torch.bfloat16), **scale)
+    assert y.item() == 1.0
+
+
 def test_glu_spmm_ignores_the_rows_of_closed_neurons() -> None:
     gate = torch.tensor([[-1.0, 2.0, 3.0]])
     x = torch.tensor([[1.0, 1.0]])
