@@ -8,6 +8,7 @@ from torch import fx
 from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseError
 from inductor_sparse.passes.base import PassContext
+from inductor_sparse.passes.fx_utils import is_call
 from inductor_sparse.passes.sites import SITE_KEY, forward_sites
 
 
@@ -37,13 +38,11 @@ def check_no_half_rewritten_site(graph: fx.Graph, decisions: GraphDecisions) -> 
     """
     ops = torch.ops.inductor_sparse
     targets = {ops.activation_spmm.default, ops.glu_spmm.default}
-    computed = {
-        node.meta.get(SITE_KEY)
-        for node in graph.nodes
-        if node.op == "call_function" and node.target in targets
-    }
+    ours = [node for node in graph.nodes if is_call(node, targets)]
+    computed = {node.meta.get(SITE_KEY, node.name) for node in ours}
+    unknown = {node.name for node in ours if SITE_KEY not in node.meta}
     applied = {decision.site for decision in decisions.applied}
-    broken = sorted(str(site) for site in applied ^ computed)
+    broken = sorted((applied - computed) | unknown)
     if broken:
         raise SparseError(
             f"internal error: half-rewritten sites {', '.join(broken)}; please report "

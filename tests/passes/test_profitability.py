@@ -1,0 +1,47 @@
+"""The cost model: monotonic, never below one, and honest about few rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from inductor_sparse import profitability as p
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("M", [1, 16, 128, None])
+def test_gain_falls_with_density(M: int | None, dtype: str) -> None:
+    densities = (0.01, 0.05, 0.1, 0.3, 0.6, 1.0)
+    gains = [p.expected_gain(M, density, dtype) for density in densities]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[0] > gains[-1] == 1.0
+
+
+def test_one_token_gains_most() -> None:
+    gains = [p.expected_gain(M, 0.05, "float32") for M in (1, 16, 512)]
+    assert gains[0] == max(gains)
+    assert p.expected_gain(None, 0.05, "float32") == gains[2]
+
+
+def test_unknown_density_is_assumed() -> None:
+    assumed = p.expected_gain(1, p.ASSUMED_DENSITY, "float32")
+    assert p.expected_gain(1, None, "float32") == assumed
+
+
+@pytest.mark.parametrize(
+    ("M", "pays"),
+    [(0, False), (1, True), (p.GLU_MAX_TOKENS, True), (p.GLU_MAX_TOKENS + 1, False)],
+)
+def test_glu_is_for_a_few_tokens(M: int, pays: bool) -> None:
+    assert p.glu_pays(M) is pays
+
+
+def test_training_copy() -> None:
+    paid = [M for M in range(1, 100) if p.training_copy_pays(M)]
+    assert paid == [*range(1, 9), *range(64, 100)]
+    assert not p.training_copy_pays(None)
+
+
+def test_kernels_by_device() -> None:
+    assert p.has_kernel("cpu", "activation_spmm", "bfloat16")
+    assert not p.has_kernel("cpu", "activation_spmm", "float64")
+    assert not p.has_kernel("cuda", "activation_spmm", "bfloat16")
