@@ -36,10 +36,16 @@ def register(
 
 
 def has_cpp_kernel(*tensors: ir.TensorBox) -> bool:
-    """Whether the C++ templates take these operands: on a CPU, one known dtype."""
+    """Whether the C++ templates take these operands: not empty, on a CPU, one dtype.
+
+    A size that only turns out to be 0 at run time is the template's business.
+    """
     dtype = tensors[0].get_dtype()
     return dtype in CPP_DTYPES and all(
-        t.get_device().type == "cpu" and t.get_dtype() == dtype for t in tensors
+        t.get_device().type == "cpu"
+        and t.get_dtype() == dtype
+        and 0 not in t.get_size()
+        for t in tensors
     )
 
 

@@ -112,21 +112,21 @@ inline void stream_rows(
     int64_t c = 0;
     for (; c + LANES <= cols; c += LANES) {
       if constexpr (std::is_same_v<T, float>) {
-        Vec sum = Vec::loadu(y + c);
+        Vec sum(0.f);
         c10::ForcedUnroll<4>{}([&](auto q) {
           sum = at::vec::fmadd(Vec(v[q]), Vec::loadu(row[q] + c), sum);
         });
-        sum.store(y + c);
+        (Vec::loadu(y + c) + sum).store(y + c);
       } else {
-        Vec low = Vec::loadu(y + c), high = Vec::loadu(y + c + Vec::size());
+        Vec low(0.f), high(0.f);
         c10::ForcedUnroll<4>{}([&](auto q) {
           const auto w2 = at::vec::convert_to_float<T>(
               at::vec::Vectorized<T>::loadu(row[q] + c));
           low = at::vec::fmadd(Vec(v[q]), std::get<0>(w2), low);
           high = at::vec::fmadd(Vec(v[q]), std::get<1>(w2), high);
         });
-        low.store(y + c);
-        high.store(y + c + Vec::size());
+        (Vec::loadu(y + c) + low).store(y + c);
+        (Vec::loadu(y + c + Vec::size()) + high).store(y + c + Vec::size());
       }
     }
     for (; c < cols; c++)
@@ -161,6 +161,7 @@ inline void copy_panel(
 }
 
 // sums[0:BLOCK_N] += sum of value[j] * panel[index[j] - first], in vector registers.
+// Each panel is summed from zero: many short sums lose less than one long one.
 template <typename T>
 inline void accumulate(
     float* sums, const Operand<T>* panel, const int32_t* index,
@@ -172,10 +173,8 @@ inline void accumulate(
     // the dot product sums; the order of the sums is undone by restore_order().
     constexpr int64_t PAIRS = BLOCK_N<T> / 32;
     __m512 low[PAIRS], high[PAIRS];
-    c10::ForcedUnroll<PAIRS>{}([&](auto i) {
-      low[i] = _mm512_loadu_ps(sums + i * 32);
-      high[i] = _mm512_loadu_ps(sums + i * 32 + 16);
-    });
+    c10::ForcedUnroll<PAIRS>{}(
+        [&](auto i) { low[i] = high[i] = _mm512_setzero_ps(); });
     for (int64_t j = 0; j < count; j += 2) {
       const T* even = panel + (index[j] - first) * BLOCK_N<T>;
       const T* odd = panel + (index[j + 1] - first) * BLOCK_N<T>;
@@ -190,15 +189,15 @@ inline void accumulate(
       });
     }
     c10::ForcedUnroll<PAIRS>{}([&](auto i) {
-      _mm512_storeu_ps(sums + i * 32, low[i]);
-      _mm512_storeu_ps(sums + i * 32 + 16, high[i]);
+      (Vec::loadu(sums + i * 32) + Vec(low[i])).store(sums + i * 32);
+      (Vec::loadu(sums + i * 32 + 16) + Vec(high[i])).store(sums + i * 32 + 16);
     });
     return;
   }
 #endif
   if constexpr (!USES_BF16_DOT<T>) {
     Vec sum[VECS];
-    c10::ForcedUnroll<VECS>{}([&](auto i) { sum[i] = Vec::loadu(sums + i * LANES); });
+    c10::ForcedUnroll<VECS>{}([&](auto i) { sum[i] = Vec(0.f); });
     for (int64_t j = 0; j < count; j++) {
       const float* row = panel + (index[j] - first) * BLOCK_N<T>;
       const Vec v(value[j]);
@@ -206,7 +205,9 @@ inline void accumulate(
         sum[i] = at::vec::fmadd(v, Vec::loadu(row + i * LANES), sum[i]);
       });
     }
-    c10::ForcedUnroll<VECS>{}([&](auto i) { sum[i].store(sums + i * LANES); });
+    c10::ForcedUnroll<VECS>{}([&](auto i) {
+      (Vec::loadu(sums + i * LANES) + sum[i]).store(sums + i * LANES);
+    });
   }
 }
 
