@@ -216,12 +216,12 @@ def _glu_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_row_major_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, size, stride, storage_offset, _ = inputs
     # Only the geometry: the weight may be updated in place before the backward runs.
-    ctx.weight = (weight.shape, weight.stride(), weight.dtype)
+    ctx.weight = (weight.shape, weight.stride())
     ctx.window = (size, stride, storage_offset)
 
 
 def _row_major_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    shape, weight_stride, dtype = ctx.weight
+    shape, weight_stride = ctx.weight
     size, stride, _ = ctx.window
     # Such a window starts where the weight does: at any other offset it would leave it.
     axes = _permutation(shape, weight_stride, size, stride)
@@ -229,7 +229,7 @@ def _row_major_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
         grad_weight = grad.permute(axes)
     else:
         grad_weight = _scatter_window(grad, shape, weight_stride, ctx.window)
-    return grad_weight.to(dtype), None, None, None, None
+    return grad_weight, None, None, None, None
 
 
 def _permutation(
@@ -247,7 +247,7 @@ def _permutation(
     axes = list(range(len(size)))
     found = []
     for n, step in zip(shape, weight_stride, strict=True):
-        match = [a for a in axes if size[a] == n and (stride[a] == step or n == 1)]
+        match = [a for a in axes if size[a] == n and stride[a] == step]
         if not match:
             return None
         axes.remove(match[0])

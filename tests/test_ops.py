@@ -168,13 +168,14 @@ BASE = torch.arange(60.0, dtype=torch.float64)
         (BASE.view(6, 10), ([5, 4], [2, 3], 1)),
         (BASE[:10].expand(6, 10), ([10, 6], [1, 0], 0)),
         (BASE.as_strided((8, 4), (2, 1)), ([4, 8], [1, 2], 0)),
+        (BASE.view(6, 10), ([6], [10], 0)),
         (BASE.view(6, 10), ([0, 10], [10, 1], 0)),
         (BASE[:1].view(()), ([], [], 0)),
     ],
     ids=[
         "transpose", "permute", "back to row-major", "sizes of one",
         "rows of a flat buffer", "columns", "expanded window", "overlapping window",
-        "expanded weight", "overlapping weight", "empty", "scalar",
+        "expanded weight", "overlapping weight", "one column", "empty", "scalar",
     ],
 )  # fmt: skip
 def test_row_major_weight_gradient_is_that_of_as_strided(
