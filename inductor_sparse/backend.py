@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,14 +64,7 @@ def sparse(
         patches["force_disable_caches"] = True
     code = _compat.frame_code() if snapshot["adaptive"] else None
     lowerings.register_all()
-    sparse_pass = SparsePass(
-        snapshot,
-        _users_passes(patches),
-        demoted=adaptation.demoted(code),
-        untracked_positions=_untracked(example_inputs),
-        dynamo_graph=gm,
-    )
-    patches[_SLOT] = sparse_pass
+    sparse_pass = install_pass(patches, snapshot, gm, example_inputs, code)
     compiled = compile_fx(
         gm,
         list(example_inputs),
@@ -112,7 +106,9 @@ def inductor_configs(**options: Any) -> dict[str, Any]:
     ours, _ = split_options({f"{PREFIX}{name}": v for name, v in options.items()})
     snapshot = {**config.get_config_copy(), **ours, "adaptive": False}
     lowerings.register_all()
-    return {"freezing": True, _SLOT: SparsePass(snapshot, _users_passes({}))}
+    patches: dict[str, Any] = {"freezing": True}
+    install_pass(patches, snapshot)
+    return patches
 
 
 def split_options(
@@ -170,18 +166,40 @@ def _check_option(name: str, value: object) -> None:
         )
 
 
-def _users_passes(patches: Mapping[str, Any]) -> tuple[_compat.GraphPass, ...]:
-    """The passes already in our slot, by option or by configuration."""
-    return _compat.as_pass_tuple(patches.get(_SLOT, getattr(inductor_config, _SLOT)))
+def install_pass(
+    patches: dict[str, Any],
+    options: Mapping[str, Any],
+    gm: fx.GraphModule | None = None,
+    example_inputs: Sequence[Any] = (),
+    code: types.CodeType | None = None,
+) -> SparsePass:
+    """Put our pass into ``patches``, behind the user's own, and return it.
 
+    Args:
+        patches: Inductor options of one compilation; changed in place.
+        options: all ``sparse.*`` options, without their prefix.
+        gm: the graph that Dynamo captured, if there is one.
+        example_inputs: its inputs.
+        code: the code object it came from, for what was learned about it at run time.
 
-def _untracked(example_inputs: Sequence[Any]) -> frozenset[int]:
-    """Positions of inputs made under ``inference_mode``: they count no versions."""
-    return frozenset(
+    Raises:
+        SparsePlanError: the plan cannot be read.
+    """
+    users = patches.get(_SLOT, getattr(inductor_config, _SLOT))
+    # Tensors made under inference_mode count no versions: a copy could go stale.
+    untracked = frozenset(
         position
         for position, value in enumerate(example_inputs)
         if isinstance(value, torch.Tensor) and value.is_inference()
     )
+    sparse_pass = patches[_SLOT] = SparsePass(
+        options,
+        _compat.as_pass_tuple(users),
+        demoted=adaptation.demoted(code),
+        untracked_positions=untracked,
+        dynamo_graph=gm,
+    )
+    return sparse_pass
 
 
 def _inner_compile(

@@ -8,6 +8,7 @@ is shared by all workers of the run.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -48,3 +49,15 @@ def _no_graph_cache() -> Iterator[None]:
         functorch_config.patch(enable_autograd_cache=False),
     ):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_structured_trace() -> Iterator[None]:
+    """Pytest listens to every logger that keeps to itself; torch takes that as a wish.
+
+    A logger that propagates is left alone, and without a handler nothing is traced.
+    """
+    logger = logging.getLogger("torch.__trace")
+    logger.propagate = True
+    yield
+    logger.propagate = False

@@ -6,8 +6,8 @@ every setting of :data:`SETTINGS` and the fastest of each side is compared.
 Three traps are closed here.  Freezing is a *global* that Dynamo reads while it traces,
 so it is patched around the compilation, not passed as an option.  Dynamo keeps compiled
 graphs per code object and does not tell a frozen graph from a plain one, so every
-variant gets its own code object.  A warm compile cache would skip the passes and with
-them the record of what was applied, so caches are off.
+variant gets its own code object.  A warm graph cache would skip the passes and with
+them the record of what was applied, so graph caches are off.
 """
 
 from __future__ import annotations
@@ -28,11 +28,20 @@ from inductor_sparse import decisions
 from inductor_sparse.errors import NothingAppliedError
 
 WARMUP_CALLS = 20
-HARMLESS_WARNINGS = (
-    ".*force disabled by torch.compiler.config.force_disable_caches",
-    "TypedStorage is deprecated",
-)
-"""What torch says about caches being off, and about its own autotuner."""
+GRAPH_CACHES_OFF = {
+    "fx_graph_cache": False,
+    "fx_graph_remote_cache": False,
+    "autotune_local_cache": False,
+    "autotune_remote_cache": False,
+}
+"""Graphs are compiled and autotuned anew; equal kernels are not built twice."""
+
+SILENCE = {
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+}
+HARMLESS_WARNING = "TypedStorage is deprecated"
+"""Raised by torch's own autotuner."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,18 +191,17 @@ def _own_code(model: nn.Module, label: str) -> Callable[[Tensor], Tensor]:
 @contextlib.contextmanager
 def _settings(setting: Setting) -> Iterator[None]:
     """Inductor's globals for one variant: freezing, no caches, silent autotuning."""
+    import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
 
-    patches = {
-        "freezing": setting.freezing,
-        "force_disable_caches": True,
-        "autotune_num_choices_displayed": 0,
-        "max_autotune_report_choices_stats": False,
-    }
+    patches = {"freezing": setting.freezing, **GRAPH_CACHES_OFF, **SILENCE}
     known = {key: patches[key] for key in patches if hasattr(inductor_config, key)}
-    with inductor_config.patch(known), warnings.catch_warnings():
-        for message in HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+    with (
+        inductor_config.patch(known),
+        functorch_config.patch(enable_autograd_cache=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=HARMLESS_WARNING)
         yield
 
 

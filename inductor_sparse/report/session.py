@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 
 from inductor_sparse import _compat, config
-from inductor_sparse.backend import split_options
+from inductor_sparse.backend import install_pass, split_options
 from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseError
-from inductor_sparse.passes.joint_pass import SparsePass
 from inductor_sparse.report.measure import MeasuredGraph, MeasuringInterpreter
 from inductor_sparse.report.preserve import preserved, shape_history_preserved
-from inductor_sparse.runtime import adaptation
-
-_SLOT = "joint_custom_pre_pass"
 
 _INDUCTOR_PATCHES: dict[str, Any] = {
     # A graph from a cache has no decisions.
@@ -72,33 +67,16 @@ class MeasuringSession:
     ) -> Callable[..., Any]:
         """Stands in for ``backend="sparse"``: same passes in the same place."""
         patches = {**self._inductor_options, **_INDUCTOR_PATCHES}
-        users = patches.get(_SLOT, getattr(inductor_config, _SLOT))
-        sparse_pass = self._sparse_pass(_compat.as_pass_tuple(users), gm, inputs)
-        patches[_SLOT] = sparse_pass
+        code = _compat.frame_code() if self._options["adaptive"] else None
+        # The counters of run-time adaptation would have nothing to count here.
+        options = {**self._options, "adaptive": False}
+        sparse_pass = install_pass(patches, options, gm, inputs, code)
 
         def interpret(graph: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
             return self._interpreted(graph, sparse_pass.graphs[-1])
 
         return compile_fx(
             gm, list(inputs), inner_compile=interpret, config_patches=patches
-        )
-
-    def _sparse_pass(
-        self, users: Sequence[Any], gm: fx.GraphModule, inputs: Sequence[Any]
-    ) -> SparsePass:
-        code = _compat.frame_code() if self._options["adaptive"] else None
-        untracked = frozenset(
-            position
-            for position, value in enumerate(inputs)
-            if isinstance(value, torch.Tensor) and value.is_inference()
-        )
-        return SparsePass(
-            # The counters of run-time adaptation would have nothing to count here.
-            {**self._options, "adaptive": False},
-            users,
-            demoted=adaptation.demoted(code),
-            untracked_positions=untracked,
-            dynamo_graph=gm,
         )
 
     def _interpreted(

@@ -49,14 +49,16 @@ class _Current(threading.local):
 
 
 _current = _Current()
-_counters: dict[tuple[_Code | None, str], _Counters] = {}
-_demoted: dict[_Code, dict[str, Reason]] = {}
+# Code objects are kept by identity: two with the same text are equal.
+_counters: dict[tuple[int, str], _Counters] = {}
+_demoted: dict[int, dict[str, Reason]] = {}
+_kept: dict[int, _Code] = {}
 _lock = threading.Lock()
 
 
 def site_counters(anchor: Tensor, sites: str) -> Tensor:
     """The counters of the running graph; see :func:`ops.site_counters`."""
-    key = (_current.code, sites)
+    key = (id(_current.code), sites)
     counters = _counters.get(key)
     if counters is None:
         names = tuple(sites.split("\n"))
@@ -85,6 +87,7 @@ def observed(compiled: Callable[..., Any], code: _Code | None) -> Callable[..., 
     """
     if code is None:
         return compiled
+    _kept[id(code)] = code
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:
@@ -103,7 +106,7 @@ def observed(compiled: Callable[..., Any], code: _Code | None) -> Callable[..., 
 
 def _demote(code: _Code, found: Mapping[str, float]) -> None:
     with _lock:
-        sites = _demoted.setdefault(code, {})
+        sites = _demoted.setdefault(id(code), {})
         new = {site: density for site, density in found.items() if site not in sites}
         sites.update(dict.fromkeys(new, Reason.TOO_DENSE))
     for site, density in new.items():
@@ -119,7 +122,7 @@ def _demote(code: _Code, found: Mapping[str, float]) -> None:
 def demoted(code: _Code | None) -> dict[str, Reason]:
     """Sites of this code object that must stay dense, and why."""
     with _lock:
-        return dict(_demoted.get(code, {})) if code is not None else {}
+        return dict(_demoted.get(id(code), {})) if code is not None else {}
 
 
 def reset() -> None:
@@ -127,6 +130,7 @@ def reset() -> None:
     with _lock:
         _counters.clear()
         _demoted.clear()
+        _kept.clear()
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")

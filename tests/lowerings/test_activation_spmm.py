@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of ``activation_spmm`` against float64, whatever the shape."""
+"""The compiled CPU kernels of ``activation_spmm`` against float64."""
 
 from __future__ import annotations
 

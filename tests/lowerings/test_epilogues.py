@@ -84,6 +84,13 @@ def test_dtypes_without_a_template_do_not_reach_it(dtype: torch.dtype) -> None:
     assert counters["inductor"]["cpp_templated_kernel_counter"] == 0
 
 
+def test_a_hidden_zero_behind_an_open_gate_touches_no_weight() -> None:
+    gate, x = torch.ones(1, 40), torch.randn(1, 24)
+    w_up, w_down = torch.randn(40, 24), torch.randn(40, 33)
+    w_up[7], w_down[7] = 0.0, float("inf")
+    compile_and_check(lambda *t: OPS.glu_spmm(*t, "relu"), gate, x, w_up, w_down)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gated_ffn_with_bias_and_residual(dtype: torch.dtype, activation: str) -> None:

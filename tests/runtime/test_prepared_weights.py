@@ -1,0 +1,152 @@
+"""The kept copies of weights: made once, and never stale."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inductor_sparse
+from inductor_sparse.runtime import prepared_weights
+
+OP = torch.ops.inductor_sparse.row_major_weight
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    prepared_weights.forget()
+    yield
+    prepared_weights.forget()
+
+
+def transposed(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The kept row-contiguous transpose of ``weight [N, K]``."""
+    with torch.no_grad():
+        N, K = weight.shape
+        return OP(weight, [K, N], [1, K], 0, dtype or weight.dtype)
+
+
+def test_the_copy_is_made_once_and_counted() -> None:
+    weight = nn.Parameter(torch.randn(48, 80))
+    first = transposed(weight)
+    assert first.is_contiguous()
+    assert torch.equal(first, weight.t())
+    assert transposed(weight).data_ptr() == first.data_ptr()
+    assert prepared_weights.nbytes() == weight.nbytes
+
+
+def test_a_cast_is_part_of_the_copy() -> None:
+    weight = nn.Parameter(torch.randn(48, 80))
+    low = transposed(weight, torch.bfloat16)
+    assert torch.equal(low, weight.t().bfloat16())
+    assert transposed(weight).dtype is torch.float32
+    assert prepared_weights.nbytes() == weight.nbytes * 3 // 2
+
+
+def add_in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.add_(1.0)
+
+
+def write_one_element(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight[3, 5] = 7.0
+
+
+def scale_data(weight: nn.Parameter) -> None:
+    weight.data.mul_(0.5)  # not seen by the version counter
+
+
+def replace_data(weight: nn.Parameter) -> None:
+    weight.data = torch.randn_like(weight)
+
+
+def replace_data_twice(weight: nn.Parameter) -> None:
+    # The second tensor may be given the address of the first weight.
+    weight.data = torch.randn_like(weight)
+    gc.collect()
+    weight.data = torch.randn_like(weight)
+
+
+def step(weight: nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_in_place,
+        write_one_element,
+        scale_data,
+        replace_data,
+        replace_data_twice,
+        step,
+    ],
+)
+def test_the_copy_follows_the_weight(change: Callable[[nn.Parameter], None]) -> None:
+    weight = nn.Parameter(torch.randn(48, 80))
+    for _ in range(2):
+        transposed(weight)
+        change(weight)
+        assert torch.equal(transposed(weight), weight.t())
+
+
+def test_the_copy_of_a_freed_weight_is_dropped() -> None:
+    weight = nn.Parameter(torch.randn(48, 80))
+    transposed(weight)
+    del weight
+    gc.collect()
+    assert prepared_weights.nbytes() == 0
+
+
+def test_a_new_weight_at_the_same_address_has_its_own_copy() -> None:
+    for _ in range(20):  # the allocator hands out the same block again
+        weight = nn.Parameter(torch.randn(48, 80))
+        assert torch.equal(transposed(weight), weight.t())
+        del weight
+
+
+def test_windows_of_one_weight_are_kept_apart() -> None:
+    weight = nn.Parameter(torch.randn(48, 80))
+    with torch.no_grad():
+        left = OP(weight, [40, 48], [1, 80], 0, weight.dtype)
+        right = OP(weight, [40, 48], [1, 80], 40, weight.dtype)
+    assert torch.equal(left, weight[:, :40].t())
+    assert torch.equal(right, weight[:, 40:].t())
+
+
+def test_an_inference_tensor_is_copied_every_time() -> None:
+    with torch.inference_mode():
+        weight = torch.randn(48, 80)
+        first = transposed(weight)
+        weight.mul_(2)
+        assert torch.equal(transposed(weight), weight.t())
+    assert first.data_ptr() != transposed(weight).data_ptr()
+
+
+def test_prepare_changes_strides_and_nothing_else() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    x = torch.randn(4, 8)
+    before, keys = model(x), list(model.state_dict())
+    assert inductor_sparse.prepare(model) == ["0.weight", "2.weight"]
+    assert model[2].weight.stride() == (1, 8)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), before)
+    assert inductor_sparse.prepare(model) == []
+    model.load_state_dict(model.state_dict())
+    assert model[2].weight.stride() == (1, 8)
+
+
+def test_prepare_leaves_tied_and_sliced_weights_alone() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    flat = torch.randn(64)
+    model["a"].weight = nn.Parameter(flat.view(8, 8))
+    model["b"].weight = nn.Parameter(flat.view(8, 8))
+    assert inductor_sparse.prepare(model) == []
+    whole = nn.Linear(8, 8)
+    whole.weight = nn.Parameter(torch.randn(128)[:64].view(8, 8))
+    assert inductor_sparse.prepare(whole) == []
