@@ -201,14 +201,14 @@ def check_cache_dir() -> Outcome:
     """Inductor's cache folder can be written."""
     from torch._inductor.runtime.runtime_utils import cache_dir
 
-    folder = Path(cache_dir())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # torch creates the folder when asked where it is.
+        folder = Path(cache_dir())
         with tempfile.TemporaryFile(dir=folder):
             return _passed(str(folder))
     except OSError as error:
         remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder you can write"
-        return CheckStatus.FAIL, f"{folder}: {error.strerror}", remedy
+        return CheckStatus.FAIL, f"{error.filename}: {error.strerror}", remedy
 
 
 def check_cuda() -> Outcome:

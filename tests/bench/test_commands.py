@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inductor_sparse import cli
+from inductor_sparse.bench import ffn
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What argparse says about ``argv``."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("--density", "0", "'0' is not a fraction between 0 and 1"),
+        ("--density", "0.1,x", "'x' is not a fraction between 0 and 1"),
+        ("--dtype", "float32,int8", "'int8' is not one of float32, bfloat16, float16"),
+        ("--op", "up", "'up' is not one of down, ffn"),
+        ("--tokens", "1,-2", "'-2' is not a whole number above 0"),
+        ("--features", "1.5", "'1.5' is not a whole number above 0"),
+        ("--seconds", "nan", "'nan' is not a duration above 0"),
+        ("--device", "tpu", "invalid choice: 'tpu'"),
+    ],
+)
+def test_bench_rejects_bad_arguments(
+    argument: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = usage_error(capsys, "bench", "ffn", argument, value)
+    assert f"argument {argument}" in error
+    assert message in error
+
+
+def sweep_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> ffn.Sweep:
+    """The grid that ``bench ffn`` would measure."""
+    sweeps: list[ffn.Sweep] = []
+    monkeypatch.setattr(ffn, "run", lambda sweep, _: iter(sweeps.append(sweep) or []))
+    assert cli.main(["bench", "ffn", *argv]) == cli.OK
+    return sweeps[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "kinds"),
+    [
+        ([], [("down", False), ("ffn", False), ("ffn", True)]),
+        (["--gated"], [("ffn", True)]),
+        (["--no-gated"], [("down", False), ("ffn", False)]),
+        (["--op", "down"], [("down", False)]),
+    ],
+)
+def test_bench_grid_follows_op_and_gated(
+    argv: list[str], kinds: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(monkeypatch, *argv, "--dtype", "float32,bfloat16")
+    found = [(case.dtype, case.op, case.gated) for case in sweep.cases]
+    assert found == [(d, *kind) for d in ("float32", "bfloat16") for kind in kinds]
+    assert sweep.tokens == (1, 16, 128, 512)
+    assert sweep.densities == (0.05, 0.1, 0.5)
+
+
+def test_bench_rejects_an_empty_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "ffn", "--op", "down", "--gated"]) == cli.ERROR
+    assert "`down` is never gated" in capsys.readouterr().err
+
+
+def test_bench_writes_rows_and_resumes(
+    tmp_path: Path,
+    ffn_row: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    argv = ["bench", "ffn", "--op", "down", "--json", str(path), "--resume"]
+    monkeypatch.setattr(ffn, "run", lambda sweep, _: iter([ffn_row]))
+    assert cli.main(argv) == cli.OK
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [ffn_row]
+    table = capsys.readouterr().out.splitlines()
+    assert "8.00x [7.90, 8.10]" in table[1]
+    sweep = sweep_of(monkeypatch, *argv[2:])
+    assert sweep.done == {ffn.row_key(ffn_row)}
+    assert sweep.size() == 11
+    assert path.read_text().count("\n") == 1
+
+
+def test_bench_resume_needs_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "ffn", "--resume"]) == cli.ERROR
+    assert "--resume needs --json FILE" in capsys.readouterr().err
+
+
+def test_bench_json_without_file_prints_rows_only(
+    ffn_row: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ffn, "run", lambda sweep, _: iter([ffn_row]))
+    assert cli.main(["bench", "ffn", "--json"]) == cli.OK
+    assert json.loads(capsys.readouterr().out) == ffn_row
+
+
+def test_interrupt_keeps_and_shows_the_rows(
+    ffn_row: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(sweep: ffn.Sweep, report: object) -> Any:
+        yield ffn_row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ffn, "run", run)
+    assert cli.main(["bench", "ffn"]) == cli.INTERRUPTED
+    captured = capsys.readouterr()
+    assert "8.00x" in captured.out
+    assert captured.err.endswith("interrupted\n")
+
+
+def test_plot_command_names_its_picture(
+    tmp_path: Path, ffn_row: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    rows.write_text(json.dumps(ffn_row))
+    assert cli.main(["bench", "plot", str(rows), "--out", str(out)]) == cli.OK
+    assert capsys.readouterr().out.strip() == str(out)
+    assert out.exists()
