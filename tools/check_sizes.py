@@ -33,4 +33,4 @@ def oversized(root: Path = ROOT) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(oversized()))
+    sys.exit("\n".join(oversized()) or None)
