@@ -21,11 +21,15 @@ from inductor_sparse.passes.joint_pass import SparsePass
 
 
 def trace(
-    fn: Callable[..., Tensor], *args: Any, device: str = "cpu", mode: str = "fake"
+    fn: Callable[..., Tensor],
+    *args: Any,
+    device: str = "cpu",
+    mode: str = "fake",
+    decompose: bool = True,
 ) -> fx.GraphModule:
-    """The decomposed aten graph of ``fn``; tensors become fake ones on ``device``."""
+    """The aten graph of ``fn``, by default with Inductor's decompositions."""
     functional = torch.func.functionalize(fn, remove="mutations")
-    table = select_decomp_table()
+    table = select_decomp_table() if decompose else {}
     if device == "cpu":
         gm = make_fx(functional, table, tracing_mode=mode)(*args)
     else:

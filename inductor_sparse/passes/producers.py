@@ -340,13 +340,16 @@ def _minimum(node: fx.Node, budget: int) -> Producer | None:
     for argument, other in ((a, b), (b, a)):
         if activations.as_relu(argument) is not None:
             bound, _ = peel(other, VIEWS | CASTS)
-            if is_call(bound, {aten.full.default, aten.scalar_tensor.default}):
+            if is_call(bound, _CONSTANTS):
                 clipped = Producer(Family.PLAIN, "relu clipped", node)
                 detail = "the activation is cut off: another function than relu"
                 return _refuse(clipped, Reason.CLIPPED_ACTIVATION, detail)
     return None
 
 
+_CONSTANTS = frozenset(
+    {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
+)
 _CLIPS = frozenset(
     {
         aten.clamp.default,

@@ -128,6 +128,19 @@ def test_smooth_activations_are_listed(name: str, dtype: torch.dtype) -> None:
     assert listing(gm) == before
 
 
+@pytest.mark.parametrize("name", [*LOOK_ALIKES, *SMOOTH])
+def test_refused_without_decompositions(name: str) -> None:
+    act, reason, _ = LOOK_ALIKES.get(
+        name, (SMOOTH.get(name), Reason.ACTIVATION_NOT_SPARSE, "plain")
+    )
+    x, w = _inputs(torch.float32)
+    gm = trace(lambda x, w: act(x) @ w, x, w.T.contiguous(), decompose=False)
+    before = listing(gm)
+    (decision,) = rewrite(gm, static=[1]).decisions
+    assert decision.reason is reason
+    assert listing(gm) == before
+
+
 def test_star_relu_is_named() -> None:
     act, _, _ = LOOK_ALIKES["StarReLU"]
     gm = trace(lambda x, w: F.linear(act(x), w), *_inputs(torch.float32))
@@ -160,8 +173,12 @@ def test_exponent_taken_from_a_size() -> None:
         torch.cos,
         lambda x: x.clamp(min=-1),
         lambda x: F.threshold(x, 0.5, 0),
+        lambda x: F.threshold(x, 0, 1),
+        lambda x: torch.where(x > 0, 0, x),
+        lambda x: torch.where(x > 0, 0, x * x),
+        lambda x: torch.where(x > 0, x.flip(0), 0),
+        lambda x: torch.maximum(x, torch.ones_like(x)),
     ],
-    ids=["x", "softmax", "norm", "residual", "hat", "cos", "clamp -1", "threshold"],
 )
 def test_unrelated_matmuls_are_only_counted(act: Callable[[Tensor], Tensor]) -> None:
     gm = trace(lambda x, w: F.linear(act(x), w), *_inputs(torch.float32))
