@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import fx
 
 from inductor_sparse.passes.fx_utils import (
@@ -111,19 +110,10 @@ def is_exponent_two(node: fx.Node) -> bool:
 
 
 def _through_cast(cast: fx.Node, recognize: _Recognizer) -> fx.Node | None:
-    inner = input_of(cast)
-    z = recognize(inner)
-    if z is None:
-        return None
-    if is_widening(cast):
-        # Squaring before or after widening differs: only relu commutes with it.
-        return z if recognize is as_relu else None
-    to, source = tensor_of(cast), tensor_of(inner)
-    if to is None or source is None:
-        return None
-    narrow = with_dtype(z, to.dtype)
-    fits = torch.promote_types(to.dtype, source.dtype) == source.dtype
-    return narrow if fits else None
+    # Widening may come before or after squaring: the two differ in the wide dtype,
+    # where nobody takes a narrow z, and agree once they are rounded to z's dtype.
+    z = recognize(input_of(cast))
+    return z if is_widening(cast) else with_dtype(z, cast.meta["val"].dtype)
 
 
 def _where_negative_is_zero(node: fx.Node, root: _Recognizer) -> fx.Node | None:

@@ -46,6 +46,22 @@ def test_fires(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert_within_budget(gm(x, w), fn(x, w), fn(x.double(), w.double()))
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: F.relu(x).bfloat16().float(),
+        lambda x: (F.relu(x).bfloat16() ** 2).float(),
+        lambda x: (F.relu(x.bfloat16()) ** 2).float(),
+    ],
+)
+def test_rounding_in_between_stays(act: Callable[[Tensor], Tensor]) -> None:
+    x, w = torch.randn(5, 8), torch.randn(6, 8)
+    gm, decision = rewrite_one(lambda x, w: F.linear(act(x), w), x, w)
+    assert (decision.status, decision.dtype) == (Status.APPLIED, "float32")
+    assert calls(gm, "activation_spmm")[0].args[2] == "identity"
+    torch.testing.assert_close(gm(x, w), F.linear(act(x), w))
+
+
 def test_upcast_after_relu_stays_outside_of_the_kernel() -> None:
     x, w = torch.randn(5, 8).bfloat16(), torch.randn(6, 8)
     gm, decision = rewrite_one(lambda x, w: F.linear(F.relu(x).float(), w), x, w)
