@@ -177,9 +177,13 @@ def _run_bench(
     append: bool = False,
 ) -> int:
     """Run a benchmark, keep each row as it comes, and print the table at the end."""
+    import torch
+
     from inductor_sparse.bench import tables
     from inductor_sparse.bench.rows import write_row
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SparseOptionError("--device cuda: torch sees no CUDA device here")
     rows: list[Row] = []
     try:
         with (

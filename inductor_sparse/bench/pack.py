@@ -123,8 +123,8 @@ def _sparsify24(z_MK: Tensor) -> tuple[Tensor, ...]:
 
 
 def _ops() -> torch._ops._OpNamespace:
-    """The namespace of our ops, registered on first use."""
-    import inductor_sparse.ops  # noqa: F401
+    """The namespace of our ops, with the kernels that the backend brings."""
+    import inductor_sparse.backend  # noqa: F401
 
     return torch.ops.inductor_sparse
 

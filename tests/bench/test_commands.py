@@ -121,6 +121,15 @@ def test_interrupt_keeps_and_shows_the_rows(
     assert captured.err.endswith("interrupted\n")
 
 
+@pytest.mark.parametrize("kind", ["ffn", "pack", "compile"])
+def test_bench_rejects_a_device_that_is_not_there(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["bench", kind, "--device", "cuda"]) == cli.ERROR
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
 def test_plot_command_names_its_picture(
     tmp_path: Path, ffn_row: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
