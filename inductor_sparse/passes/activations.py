@@ -20,6 +20,7 @@ from inductor_sparse.passes.fx_utils import (
     is_cast,
     is_widening,
     is_zero,
+    same_shape,
     sign_test,
     source_tensor,
     tensor_of,
@@ -129,12 +130,11 @@ def _where_negative_is_zero(node: fx.Node, root: _Recognizer) -> fx.Node | None:
 
 
 def _full(node: fx.Node, z: object) -> fx.Node | None:
-    if not isinstance(z, fx.Node):
-        return None
+    """``z`` unless it was broadcast or promoted to become ``node``."""
     value, z_value = tensor_of(node), tensor_of(z)
-    if value is None or z_value is None or value.ndim != z_value.ndim:
+    if not isinstance(z, fx.Node) or value is None or z_value is None:
         return None
-    same = value.dtype == z_value.dtype and value.shape == z_value.shape
+    same = value.dtype == z_value.dtype and same_shape(value, z_value)
     return z if same else None
 
 

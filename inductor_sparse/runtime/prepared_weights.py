@@ -9,7 +9,7 @@ use and made again when the weight has changed.  A change is noticed by
   address is never taken for the old weight (``param.data = x``, re-tying);
 - the version counter, bumped by every in-place operation that autograd sees
   (``load_state_dict``, optimizer steps, ``copy_`` under ``no_grad``);
-- a sample of 64 elements, for writes that bypass the counter (``param.data.mul_()``).
+- a sample of elements, for writes that bypass the counter (``param.data.mul_()``).
 
 A write through ``.data`` or ``numpy()`` to elements outside the sample only is the one
 thing not noticed: :func:`forget` drops the copies, :func:`inductor_sparse.prepare`
@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from inductor_sparse import ops, reference
+from inductor_sparse.runtime.huge_pages import empty_in_huge_pages
 
-SAMPLES = 64
+RUNS, RUN = 4, 16
+"""A weight is sampled in so many places, so many elements each."""
 
 Key = tuple[int, tuple[int, ...], tuple[int, ...], int, torch.dtype]
 
@@ -49,13 +51,18 @@ _lock = threading.Lock()
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Up to ``SAMPLES`` elements spread evenly over the memory of ``weight``."""
+    """A few runs of neighbouring elements, spread over the memory of ``weight``.
+
+    Neighbours, because each place that is looked at is a miss of every cache.
+    """
     if weight.numel() == 0:
         return weight.flatten()
     pairs = zip(weight.shape, weight.stride(), strict=True)
     extent = 1 + sum((size - 1) * stride for size, stride in pairs)
-    count = min(SAMPLES, extent)
-    return weight.as_strided((count,), (extent // count,), weight.storage_offset())
+    run = min(RUN, extent)
+    runs = min(RUNS, extent // run)
+    shape, strides = (runs, run), (extent // runs, 1)
+    return weight.as_strided(shape, strides, weight.storage_offset())
 
 
 def _same_sample(old: Tensor, new: Tensor) -> bool:
@@ -98,9 +105,10 @@ def _refresh(
     with _lock, torch.no_grad():
         _drop_dead()
         version = weight._version
-        copy = reference.row_major_weight(
-            weight.detach(), size, stride, storage_offset, dtype
-        )
+        reference.check_window(weight, size, stride, storage_offset)
+        start = weight.storage_offset() + storage_offset
+        copy = empty_in_huge_pages(size, dtype)
+        copy.copy_(weight.detach().as_strided(size, stride, start))
         _entries[key] = _Entry(
             storage=StorageWeakRef(weight.untyped_storage()),
             version=version,

@@ -94,48 +94,62 @@ inline int64_t compress(
   return count;
 }
 
-// y[0:cols] += sum of value[j] * w[index[j], 0:cols]: four rows of W at a time, each read
-// once and in order.
+// y[0:cols] += sum of v[q] * row[q][0:cols] over q; meanwhile `next` is asked for.
+// Reading several rows at once, and the next ones ahead, is what fills the bandwidth:
+// a row is too short for the hardware to see a stream in it.
+template <typename T, int64_t ROWS>
+inline void stream_group(
+    float* y, const T* const* row, const T* const* next, const float* v, int64_t cols) {
+  constexpr int64_t LANES = at::vec::Vectorized<T>::size();
+  int64_t c = 0;
+  for (; c + LANES <= cols; c += LANES) {
+    if constexpr (std::is_same_v<T, float>) {
+      Vec sum(0.f);
+      c10::ForcedUnroll<ROWS>{}([&](auto q) {
+        __builtin_prefetch(next[q] + c, 0, 2);
+        sum = at::vec::fmadd(Vec(v[q]), Vec::loadu(row[q] + c), sum);
+      });
+      (Vec::loadu(y + c) + sum).store(y + c);
+    } else {
+      Vec low(0.f), high(0.f);
+      c10::ForcedUnroll<ROWS>{}([&](auto q) {
+        __builtin_prefetch(next[q] + c, 0, 2);
+        const auto w = at::vec::convert_to_float<T>(
+            at::vec::Vectorized<T>::loadu(row[q] + c));
+        low = at::vec::fmadd(Vec(v[q]), std::get<0>(w), low);
+        high = at::vec::fmadd(Vec(v[q]), std::get<1>(w), high);
+      });
+      (Vec::loadu(y + c) + low).store(y + c);
+      (Vec::loadu(y + c + Vec::size()) + high).store(y + c + Vec::size());
+    }
+  }
+  for (; c < cols; c++)
+    for (int64_t q = 0; q < ROWS; q++) y[c] += v[q] * (float)row[q][c];
+}
+
+// y[0:cols] += sum of value[j] * w[index[j], 0:cols]: each row of W is read once.
 template <typename T, typename V>
 inline void stream_rows(
     float* y, const T* w, int64_t ldw, int64_t cols,
     const int32_t* index, const V* value, int64_t count) {
-  constexpr int64_t LANES = at::vec::Vectorized<T>::size();
+  constexpr int64_t ROWS = 8;
+  const T* row[ROWS];
+  const T* next[ROWS];
+  float v[ROWS];
   int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    const T* row[4];
-    float v[4];
-    for (int q = 0; q < 4; q++) {
+  for (; j + ROWS <= count; j += ROWS) {
+    for (int64_t q = 0; q < ROWS; q++) {
       row[q] = w + index[j + q] * ldw;
+      next[q] = w + index[std::min(j + q + ROWS, count - 1)] * ldw;
       v[q] = (float)value[j + q];
     }
-    int64_t c = 0;
-    for (; c + LANES <= cols; c += LANES) {
-      if constexpr (std::is_same_v<T, float>) {
-        Vec sum(0.f);
-        c10::ForcedUnroll<4>{}([&](auto q) {
-          sum = at::vec::fmadd(Vec(v[q]), Vec::loadu(row[q] + c), sum);
-        });
-        (Vec::loadu(y + c) + sum).store(y + c);
-      } else {
-        Vec low(0.f), high(0.f);
-        c10::ForcedUnroll<4>{}([&](auto q) {
-          const auto w2 = at::vec::convert_to_float<T>(
-              at::vec::Vectorized<T>::loadu(row[q] + c));
-          low = at::vec::fmadd(Vec(v[q]), std::get<0>(w2), low);
-          high = at::vec::fmadd(Vec(v[q]), std::get<1>(w2), high);
-        });
-        (Vec::loadu(y + c) + low).store(y + c);
-        (Vec::loadu(y + c + Vec::size()) + high).store(y + c + Vec::size());
-      }
-    }
-    for (; c < cols; c++)
-      for (int q = 0; q < 4; q++) y[c] += v[q] * (float)row[q][c];
+    stream_group<T, ROWS>(y, row, next, v, cols);
   }
   for (; j < count; j++) {
-    const T* row = w + index[j] * ldw;
-    const float v = (float)value[j];
-    for (int64_t c = 0; c < cols; c++) y[c] += v * (float)row[c];
+    row[0] = w + index[j] * ldw;
+    next[0] = w + index[std::min(j + 1, count - 1)] * ldw;
+    v[0] = (float)value[j];
+    stream_group<T, 1>(y, row, next, v, cols);
   }
 }
 
