@@ -29,6 +29,7 @@ from inductor_sparse._compat import GraphPass as GraphPassFunction
 from inductor_sparse.decisions import GraphDecisions, Reason
 from inductor_sparse.dumps import DumpWriter
 from inductor_sparse.passes.base import Observer, PassContext
+from inductor_sparse.passes.rule_identity import rule_identity
 from inductor_sparse.passes.sites import is_tangent_name
 from inductor_sparse.plan import Plan
 
@@ -36,7 +37,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class SparsePass(CustomGraphPass):
-    """Runs the user's own passes, then :data:`inductor_sparse.passes.PIPELINE`.
+    """Runs the user's own passes, then :func:`inductor_sparse.passes.pipeline`.
 
     Args:
         options: the ``sparse.*`` options, without their prefix.
@@ -69,6 +70,8 @@ class SparsePass(CustomGraphPass):
         self.writer: DumpWriter | None = None
         path = str(self.options.get("plan", ""))
         self._plan = Plan.load(path) if path else None
+        # Looked up once: what runs and what the cache key names must be the same.
+        self._steps, self._rules = passes.pipeline(), passes.registered()
         self._static = static_positions(dynamo_graph)
         self._untracked = untracked_positions
 
@@ -84,7 +87,7 @@ class SparsePass(CustomGraphPass):
             return
         record = GraphDecisions(aot_graph_name())
         self.writer = DumpWriter(str(self.options.get("dump_dir", "")), record.graph)
-        passes.run(graph, self.context(graph, record))
+        passes.run(graph, self.context(graph, record), self._steps)
         if self._plan is not None:
             self._plan.check_matches(decision.site for decision in record.decisions)
         self.writer.decisions(record)
@@ -117,8 +120,12 @@ class SparsePass(CustomGraphPass):
         return [self.writer.on_pass] if watched and self.writer is not None else []
 
     def uuid(self) -> Any:
-        """What a compiled graph depends on through us; None if a user pass hides it."""
+        """What a compiled graph depends on through us; None if that is not known.
+
+        A user's pass without a ``uuid`` hides it, and so does a rule without a source.
+        """
         user_ids = [getattr(p, "uuid", lambda: None)() for p in self.user_passes]
+        user_ids += [rule_identity(rule) for rule in self._rules]
         if any(user_id is None for user_id in user_ids):
             return None
         options = sorted((name, repr(value)) for name, value in self.options.items())

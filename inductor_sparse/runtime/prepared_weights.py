@@ -32,42 +32,52 @@ from inductor_sparse.runtime.huge_pages import empty_in_huge_pages
 RUNS, RUN = 4, 16
 """A weight is sampled in so many places, so many elements each."""
 
-Key = tuple[int, tuple[int, ...], tuple[int, ...], int, torch.dtype]
+Key = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclasses.dataclass
 class _Entry:
-    """One copy and the state of the weight that it was made from."""
+    """One copy, and the state of the weight that it was made from.
+
+    ``places`` are the size and strides of the sample.
+    """
 
     storage: StorageWeakRef
     version: int
+    places: tuple[tuple[int, int], tuple[int, int]]
     sample: Tensor
     copy: Tensor
-    refreshes: int = 0
+
+    def is_right(self, weight: Tensor) -> bool:
+        """Whether ``weight``, at the address of the copied one, still has its values.
+
+        A NaN never equals itself: in the sample it costs a refresh, never a stale copy.
+        """
+        return (
+            weight._version == self.version
+            and not self.storage.expired()
+            and torch.equal(
+                weight.as_strided(*self.places, weight.storage_offset()), self.sample
+            )
+        )
 
 
 _entries: dict[Key, _Entry] = {}
 _lock = threading.Lock()
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """A few runs of neighbouring elements, spread over the memory of ``weight``.
+def _places(weight: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size and strides of a few runs of neighbours, spread over ``weight``'s memory.
 
     Neighbours, because each place that is looked at is a miss of every cache.
     """
     if weight.numel() == 0:
-        return weight.flatten()
+        return (0, 0), (1, 1)
     pairs = zip(weight.shape, weight.stride(), strict=True)
     extent = 1 + sum((size - 1) * stride for size, stride in pairs)
     run = min(RUN, extent)
     runs = min(RUNS, extent // run)
-    shape, strides = (runs, run), (extent // runs, 1)
-    return weight.as_strided(shape, strides, weight.storage_offset())
-
-
-def _same_sample(old: Tensor, new: Tensor) -> bool:
-    # A NaN never equals itself: in the sample it costs a refresh, never a stale copy.
-    return old.shape == new.shape and torch.equal(old, new)
+    return (runs, run), (extent // runs, 1)
 
 
 def fetch(
@@ -84,37 +94,29 @@ def fetch(
     """
     if weight.is_inference():  # no version counter: nothing could be noticed
         return reference.row_major_weight(weight, size, stride, storage_offset, dtype)
-    storage = weight.untyped_storage()
-    offset = int(weight.storage_offset()) + storage_offset
-    key = (storage._cdata, tuple(size), tuple(stride), offset, dtype)
+    key = (weight.data_ptr(), storage_offset, tuple(size), tuple(stride), dtype)
     entry = _entries.get(key)
-    if (
-        entry is not None
-        and entry.version == weight._version
-        and not entry.storage.expired()
-        and _same_sample(entry.sample, _sample(weight))
-    ):
+    if entry is not None and entry.is_right(weight):
         return entry.copy
-    return _refresh(key, weight, entry, storage_offset)
+    return _refresh(key, weight.detach())
 
 
-def _refresh(
-    key: Key, weight: Tensor, stale: _Entry | None, storage_offset: int
-) -> Tensor:
-    _, size, stride, _, dtype = key
+def _refresh(key: Key, weight: Tensor) -> Tensor:
+    _, storage_offset, size, stride, dtype = key
+    reference.check_window(weight, size, stride, storage_offset)
     with _lock, torch.no_grad():
         _drop_dead()
         version = weight._version
-        reference.check_window(weight, size, stride, storage_offset)
-        start = weight.storage_offset() + storage_offset
+        places = _places(weight)
         copy = empty_in_huge_pages(size, dtype)
-        copy.copy_(weight.detach().as_strided(size, stride, start))
+        start = weight.storage_offset() + storage_offset
+        copy.copy_(weight.as_strided(size, stride, start))
         _entries[key] = _Entry(
             storage=StorageWeakRef(weight.untyped_storage()),
             version=version,
-            sample=_sample(weight.detach()).clone(),
+            places=places,
+            sample=weight.as_strided(*places, weight.storage_offset()).clone(),
             copy=copy,
-            refreshes=stale.refreshes + 1 if stale is not None else 0,
         )
         return copy
 
