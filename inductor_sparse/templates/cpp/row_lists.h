@@ -27,6 +27,12 @@ template <typename T>
 constexpr int64_t BLOCK_N = USES_BF16_DOT<T> ? 128 : 64;
 template <typename T>
 constexpr int64_t BLOCK_K = USES_BF16_DOT<T> ? 512 : 256;
+// A panel ends with a row of zeros, the partner of a list's odd last entry.
+template <typename T>
+constexpr int64_t PANEL_ROWS = BLOCK_K<T> + 1;
+// Panels copied together: reading W in pieces of 256 bytes would waste its bandwidth.
+template <typename T>
+constexpr int64_t PANELS = USES_BF16_DOT<T> ? 2 : 4;
 // Rows of W that are asked for ahead of the row being copied.
 constexpr int64_t PREFETCH_ROWS = 16;
 // The sums of one group of columns fill at most half of a usual L2 cache.
@@ -153,24 +159,27 @@ inline void stream_rows(
   }
 }
 
-// Copy rows `list` of w[:, 0:cols] to the panel, columns beyond `cols` as zeros.  The
-// list goes on for PREFETCH_ROWS valid entries after `count`.
+// Copy rows `list` of w[:, 0:cols] to neighbouring panels, columns beyond `cols` as
+// zeros.  The list goes on for PREFETCH_ROWS valid entries after `count`.
 template <typename T>
-inline void copy_panel(
+inline void copy_panels(
     const T* w, int64_t ldw, int64_t cols, const int32_t* list, int64_t count,
-    Operand<T>* panel) {
+    Operand<T>* panels) {
   for (int64_t q = 0; q < count; q++) {
     const T* ahead = w + list[q + PREFETCH_ROWS] * ldw;
     for (int64_t c = 0; c < cols; c += 64 / (int64_t)sizeof(T))
       __builtin_prefetch(ahead + c);
     const T* from = w + list[q] * ldw;
-    Operand<T>* to = panel + list[q] * BLOCK_N<T>;
-    if constexpr (std::is_same_v<T, Operand<T>>) {
-      std::memcpy(to, from, cols * sizeof(T));
-    } else {
-      for (int64_t c = 0; c < cols; c++) to[c] = (float)from[c];
+    for (int64_t n = 0; n < cols; n += BLOCK_N<T>) {
+      Operand<T>* to = panels + n * PANEL_ROWS<T> + list[q] * BLOCK_N<T>;
+      const int64_t width = std::min(BLOCK_N<T>, cols - n);
+      if (width == BLOCK_N<T>) {
+        for (int64_t c = 0; c < BLOCK_N<T>; c++) to[c] = (Operand<T>)from[n + c];
+      } else {
+        for (int64_t c = 0; c < width; c++) to[c] = (Operand<T>)from[n + c];
+        for (int64_t c = width; c < BLOCK_N<T>; c++) to[c] = 0;
+      }
     }
-    for (int64_t c = cols; c < BLOCK_N<T>; c++) to[c] = 0;
   }
 }
 
@@ -181,6 +190,7 @@ inline void accumulate(
     float* sums, const Operand<T>* panel, const int32_t* index,
     const Operand<T>* value, int64_t count, int64_t first) {
   constexpr int64_t LANES = Vec::size(), VECS = BLOCK_N<T> / LANES;
+  for (int64_t c = 0; c < BLOCK_N<T>; c += 16) __builtin_prefetch(sums + c, 1);
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
   if constexpr (USES_BF16_DOT<T>) {
     // Lists have an even length here.  Interleaving two rows of W gives the pairs that
