@@ -75,7 +75,6 @@ def _read_glu(site: Site, context: PassContext) -> _Glu | None:
     product, views = peel(site.lhs, ORDERED_VIEWS)
     if (
         producer is None
-        or producer.node is not product
         or producer.gate is None
         or producer.up is None
         or site.matmul.target not in (aten.mm.default, aten.addmm.default)

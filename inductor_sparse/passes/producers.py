@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import operator
 from typing import TYPE_CHECKING
 
@@ -157,7 +158,8 @@ def _clip(node: fx.Node, budget: int) -> Producer | None:
     low, high = activations.clip_bounds(node)
     inner = node.args[0]
     relu_inside = isinstance(inner, fx.Node) and activations.as_relu(inner) is not None
-    if relu_inside or (low == 0 and _find(inner, budget) is None):
+    is_relu = relu_inside or (low == 0 and _find(inner, budget) is None)
+    if is_relu and high < math.inf:
         name = f"relu clipped at {high:g}"
         clipped = Producer(Family.PLAIN, name, node)
         return _refuse(

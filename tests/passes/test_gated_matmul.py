@@ -91,6 +91,15 @@ def scaled(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, gate)) * (F.linear(x, up) * 0.5), down)
 
 
+def scaled_gate(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, gate)) * 0.5 * F.linear(x, up), down)
+
+
+def masked_gate(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    h = F.relu(F.linear(x, gate))
+    return F.linear(h * (h > 1) * F.linear(x, up), down)
+
+
 def half_up(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     h = F.linear(x, torch.cat([up, up]))[..., HIDDEN:]
     return F.linear(F.relu(F.linear(x, gate)) * h, down)
@@ -112,7 +121,17 @@ def normed(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "fn", [up_used_twice, scaled, half_up, biased_up, transposed_product, normed]
+    "fn",
+    [
+        up_used_twice,
+        scaled,
+        scaled_gate,
+        masked_gate,
+        half_up,
+        biased_up,
+        transposed_product,
+        normed,
+    ],
 )
 def test_whatever_is_in_the_way_keeps_the_up_projection(fn: Callable[..., Any]) -> None:
     args = inputs(2, 3)

@@ -62,6 +62,11 @@ LOOK_ALIKES: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str]] = {
         Reason.NOT_ZERO_PRESERVING,
         "squared",
     ),
+    "clamp + bias": (
+        lambda x: x.clamp(min=0) ** 2 + x.new_ones(8),
+        Reason.NOT_ZERO_PRESERVING,
+        "squared",
+    ),
     "relu + bias": (
         lambda x: F.relu(x) + x.new_ones(8),
         Reason.NOT_ZERO_PRESERVING,
@@ -178,6 +183,8 @@ def test_exponent_taken_from_a_size() -> None:
         lambda x: torch.where(x > 0, 0, x * x),
         lambda x: torch.where(x > 0, x.flip(0), 0),
         lambda x: torch.maximum(x, torch.ones_like(x)),
+        lambda x: torch.maximum(x[:1], torch.zeros_like(x)),
+        lambda x: F.relu(x).clamp(min=0.5),
     ],
 )
 def test_unrelated_matmuls_are_only_counted(act: Callable[[Tensor], Tensor]) -> None:

@@ -62,6 +62,18 @@ def test_rounding_in_between_stays(act: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(gm(x, w), F.linear(act(x), w))
 
 
+def test_broadcasting_where_stays_outside_of_the_kernel() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        row = x[:1]
+        return F.linear(torch.where(row <= 0, torch.zeros_like(x), row), w)
+
+    x, w = torch.randn(5, 8), torch.randn(6, 8)
+    gm, decision = rewrite_one(fn, x, w)
+    assert decision.status is Status.APPLIED
+    assert calls(gm, "activation_spmm")[0].args[2] == "identity"
+    torch.testing.assert_close(gm(x, w), fn(x, w))
+
+
 def test_upcast_after_relu_stays_outside_of_the_kernel() -> None:
     x, w = torch.randn(5, 8).bfloat16(), torch.randn(6, 8)
     gm, decision = rewrite_one(lambda x, w: F.linear(F.relu(x).float(), w), x, w)

@@ -29,6 +29,11 @@ VIEWS: dict[str, tuple[Tensor, Callable[[Tensor], Tensor], tuple[Any, ...]]] = {
     "expert": (torch.randn(3, N, K), lambda w: w[1].T, ([K, N], [1, K], N * K)),
     "every other": (torch.randn(2 * N, K), lambda w: w[::2].T, ([K, N], [1, 2 * K], 0)),
     "one row": (torch.randn(1, K), lambda w: w.expand(N, K).T, ([K, N], [1, 0], 0)),
+    "one column": (
+        torch.randn(K, N),
+        lambda w: w[:, :1].expand(K, N),
+        ([K, N], [N, 0], 0),
+    ),
     "heads": (
         torch.randn(2, 3, K),
         lambda w: w.reshape(N, K).T,
