@@ -51,6 +51,9 @@ VIEWS = ORDERED_VIEWS | frozenset(
 
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
+_ZEROS = frozenset(
+    {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+)
 _COMPARES = frozenset({aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar})
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _MODULE_PREFIX = re.compile(
@@ -147,7 +150,7 @@ def is_zero(value: object) -> bool:
         return bool(node.args[1] == 0)
     if is_call(node, {aten.scalar_tensor.default}):
         return bool(node.args[0] == 0)
-    if is_call(node, {aten.zeros.default, aten.zeros_like.default}):
+    if is_call(node, _ZEROS):
         return True
     if node.op == "get_attr" and node.graph.owning_module is not None:
         constant = getattr(node.graph.owning_module, str(node.target), None)

@@ -1,7 +1,7 @@
 """Have the kernels of a graph count how dense their activations are.
 
 - ``activation_spmm(z, w, act)`` of many rows becomes
-  ``activation_spmm(z, w, act, site_counters(input, sites), slot)``
+  ``activation_spmm(z, w, act, site_counters(input, site))``
 
 At run time a site that is mostly too dense to win is compiled again, dense
 (:mod:`inductor_sparse.runtime.adaptation`).  A few rows win at any density, so a graph
@@ -28,19 +28,22 @@ class ObserveDensity:
     name = "observe_density"
 
     def __call__(self, graph: fx.Graph, context: PassContext) -> None:
-        """Give every ``activation_spmm`` that can lose its row of the counters."""
+        """Give every ``activation_spmm`` that can lose its counters.
+
+        The site is named in the call of the op, not in the kernel: one kernel serves
+        all layers of a model.
+        """
         if not context.option("adaptive"):
             return
         anchor = _anchor(graph, context)
-        nodes = graph.find_nodes(op="call_function", target=_OP)
-        products = [node for node in nodes if _can_lose(node)]
-        if anchor is None or not products:
+        if anchor is None:
             return
-        sites = "\n".join(str(node.meta.get(SITE_KEY, node.name)) for node in products)
         target = torch.ops.inductor_sparse.site_counters.default
-        counters = insert_call(products[0], target, (anchor, sites))
-        for slot, node in enumerate(products):
-            node.args = (*node.args[:3], counters, slot)
+        for node in graph.find_nodes(op="call_function", target=_OP):
+            if _can_lose(node):
+                site = str(node.meta.get(SITE_KEY, node.name))
+                counters = insert_call(node, target, (anchor, site))
+                node.args = (*node.args[:3], counters)
 
 
 def _can_lose(node: fx.Node) -> bool:
