@@ -25,8 +25,7 @@ NAMESPACE = "inductor_sparse"
 
 SCHEMAS: dict[str, str] = {
     "activation_spmm": (
-        "(Tensor z, Tensor w, str activation, Tensor? counters=None, int slot=0) "
-        "-> Tensor"
+        "(Tensor z, Tensor w, str activation, Tensor? counters=None) -> Tensor"
     ),
     "glu_spmm": (
         "(Tensor gate, Tensor x, Tensor w_up, Tensor w_down, str activation) -> Tensor"
@@ -35,7 +34,7 @@ SCHEMAS: dict[str, str] = {
         "(Tensor weight, SymInt[] size, SymInt[] stride, SymInt storage_offset, "
         "ScalarType dtype) -> Tensor"
     ),
-    "site_counters": "(Tensor anchor, str sites) -> Tensor",
+    "site_counters": "(Tensor anchor, str site) -> Tensor",
     "sparsify24": "(Tensor x, str activation, str select) -> (Tensor, Tensor)",
     "sparse24_mm": (
         "(Tensor values, Tensor metadata, Tensor w, Tensor? row_scale=None, "
@@ -44,9 +43,9 @@ SCHEMAS: dict[str, str] = {
 }
 """The schema of each op, without its name."""
 
-COUNTER_COLUMNS = ("calls", "dense_calls", "kept", "elements")
-"""What a kernel counts in its row of the counters: its calls, those too dense to skip,
-and over all of them the activations that were not zero and all activations."""
+COUNTERS = ("calls", "dense_calls", "kept", "elements")
+"""What a kernel counts of its site: its calls, those too dense to skip, and over all of
+them the activations that were not zero and all activations."""
 
 
 def activation_spmm(
@@ -54,7 +53,6 @@ def activation_spmm(
     w: Tensor,
     activation: str,
     counters: Tensor | None = None,
-    slot: int = 0,
 ) -> Tensor:
     """``act(z) @ w``: see :func:`inductor_sparse.reference.activation_spmm`.
 
@@ -62,9 +60,8 @@ def activation_spmm(
         z: as there.
         w: as there.
         activation: as there.
-        counters: ``[sites, len(COUNTER_COLUMNS)]`` int64 from ``site_counters``; a
-            compiled kernel adds to row ``slot``, the eager definition counts nothing.
-        slot: the row of this site.
+        counters: ``[len(COUNTERS)]`` int64 from ``site_counters``: a compiled kernel
+            adds to them, the eager definition counts nothing.
 
     Raises:
         SparseShapeError: shapes or dtypes do not fit, or an unknown activation.
@@ -72,14 +69,13 @@ def activation_spmm(
     return reference.activation_spmm(z, w, activation)
 
 
-def site_counters(anchor: Tensor, sites: str) -> Tensor:
-    """Counters for the sites of a graph, named one a line; new ones at every call.
+def site_counters(anchor: Tensor, site: str) -> Tensor:
+    """Counters of a site: ``[len(COUNTERS)]`` int64; new ones at every call.
 
     The kernel for a CPU (:mod:`inductor_sparse.runtime.adaptation`) keeps them.
     ``anchor`` is any input of the graph: it keeps constant folding away.
     """
-    rows = sites.count("\n") + 1
-    return anchor.new_zeros((rows, len(COUNTER_COLUMNS)), dtype=torch.int64)
+    return anchor.new_zeros(len(COUNTERS), dtype=torch.int64)
 
 
 def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
@@ -119,7 +115,6 @@ def _fake_activation_spmm(
     w: Tensor,
     activation: str,
     counters: Tensor | None = None,
-    slot: int = 0,
 ) -> Tensor:
     reference.check_activation_spmm(z, w, activation)
     return z.new_empty(*z.shape[:-1], w.shape[-1])
@@ -184,7 +179,7 @@ def _activation_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
         grad_z = _activation_gradient(grad @ w.mT, z, ctx.activation)
     if ctx.needs_input_grad[1]:
         grad_w = reference.ACTIVATIONS[ctx.activation](z).mT @ grad
-    return grad_z, grad_w, None, None, None
+    return grad_z, grad_w, None, None
 
 
 def _save_glu_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

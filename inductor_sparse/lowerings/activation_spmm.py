@@ -25,12 +25,11 @@ def tuned_activation_spmm(
     w: ir.TensorBox,
     activation: str,
     counters: ir.TensorBox | None = None,
-    slot: int = 0,
 ) -> ir.TensorBox:
     """Lower ``activation_spmm``; a batch becomes the rows of one product."""
     if not common.has_cpp_kernel(z, w):
         return common.fallback(OP)(z, w, activation)
-    symbols = {"activation": activation, "slot": slot}
+    symbols = {"activation": activation}
     if len(z.get_size()) == 2:
         return _product(z, w, counters, batches=1, **symbols)
     view = lowerings[common.aten.view.default]

@@ -1,10 +1,10 @@
 """Sites that turn out too dense at run time go back to dense, for good.
 
-A kernel counts, per site, its calls and those whose activation was too dense for
-skipping to win.  The counters of a graph are a tensor that ``site_counters`` hands to
-its kernels; every so often that op looks at them.  Sites that are mostly too dense are
-*demoted*: the graph's code object is given back to Dynamo, whose next call compiles it
-again with those sites left dense, at exactly the speed they would have had.
+A kernel counts the calls of its site, and those whose activation was too dense for
+skipping to win.  ``site_counters`` hands it the counters, and every so often looks at
+them.  A site that is mostly too dense is *demoted*: the code object of its graph is
+given back to Dynamo, whose next call compiles it again with that site left dense, at
+exactly the speed it would have had.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from inductor_sparse.decisions import Reason
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ops.COUNTER_COLUMNS
 WINDOW = 8
-"""Calls of a graph between two looks at its counters."""
+"""Calls of a site between two looks at its counters."""
 
 _Code = types.CodeType
 
 
 @dataclasses.dataclass
 class _Counters:
-    """The counters of one graph, one row of ``COUNTER_COLUMNS`` a site."""
+    """The counters of one site, ``ops.COUNTERS``, and how often it was called."""
 
-    sites: tuple[str, ...]
     values: Tensor
     calls: int = 0
 
@@ -56,28 +54,26 @@ _kept: dict[int, _Code] = {}
 _lock = threading.Lock()
 
 
-def site_counters(anchor: Tensor, sites: str) -> Tensor:
-    """The counters of the running graph; see :func:`ops.site_counters`."""
-    key = (id(_current.code), sites)
+def site_counters(anchor: Tensor, site: str) -> Tensor:
+    """The counters of a site of the running graph; see :func:`ops.site_counters`."""
+    key = (id(_current.code), site)
     counters = _counters.get(key)
     if counters is None:
-        names = tuple(sites.split("\n"))
-        values = torch.zeros(len(names), len(COLUMNS), dtype=torch.int64)
-        counters = _counters.setdefault(key, _Counters(names, values))
+        values = torch.zeros(len(ops.COUNTERS), dtype=torch.int64)
+        counters = _counters.setdefault(key, _Counters(values))
     counters.calls += 1
     if counters.calls % WINDOW == 0:
-        _look(counters)
+        _look(site, counters.values)
     return counters.values
 
 
-def _look(counters: _Counters) -> None:
-    """Note the sites most of whose calls were too dense, and start a new window."""
-    for site, row in zip(counters.sites, counters.values.tolist(), strict=True):
-        calls, dense_calls, kept, elements = row
-        if calls and 2 * dense_calls > calls:
-            found = _current.found = _current.found or {}
-            found[site] = kept / max(1, elements)
-    counters.values.zero_()
+def _look(site: str, values: Tensor) -> None:
+    """Note a site most of whose calls were too dense, and start a new window."""
+    calls, dense_calls, kept, elements = values.tolist()
+    if calls and 2 * dense_calls > calls:
+        found = _current.found = _current.found or {}
+        found[site] = kept / max(1, elements)
+    values.zero_()
 
 
 def observed(compiled: Callable[..., Any], code: _Code | None) -> Callable[..., Any]:

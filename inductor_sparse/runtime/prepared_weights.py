@@ -29,8 +29,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from inductor_sparse import ops, reference
 from inductor_sparse.runtime.huge_pages import empty_in_huge_pages
 
+WHOLE = 4096
+"""A weight of so many elements is compared whole: that is as quick as a sample."""
+
 RUNS, RUN = 4, 16
-"""A weight is sampled in so many places, so many elements each."""
+"""A larger weight is sampled in so many places, so many elements each."""
+
+Places = tuple[tuple[int, ...], tuple[int, ...]]
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
@@ -44,7 +49,7 @@ class _Entry:
 
     storage: StorageWeakRef
     version: int
-    places: tuple[tuple[int, int], tuple[int, int]]
+    places: Places
     sample: Tensor
     copy: Tensor
 
@@ -66,18 +71,18 @@ _entries: dict[Key, _Entry] = {}
 _lock = threading.Lock()
 
 
-def _places(weight: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size and strides of a few runs of neighbours, spread over ``weight``'s memory.
+def _places(weight: Tensor) -> Places:
+    """Size and strides of the sample of a weight; all of a small one.
 
-    Neighbours, because each place that is looked at is a miss of every cache.
+    Of a large one, a few runs spread over its memory: runs of neighbours, because each
+    place that is looked at is a miss of every cache.
     """
     if weight.numel() == 0:
-        return (0, 0), (1, 1)
-    pairs = zip(weight.shape, weight.stride(), strict=True)
-    extent = 1 + sum((size - 1) * stride for size, stride in pairs)
-    run = min(RUN, extent)
-    runs = min(RUNS, extent // run)
-    return (runs, run), (extent // runs, 1)
+        return (0,), (1,)
+    extent = reference.strided_extent(weight.shape, weight.stride())
+    if extent <= WHOLE:
+        return (extent,), (1,)
+    return (RUNS, RUN), (extent // RUNS, 1)
 
 
 def fetch(

@@ -88,7 +88,7 @@ def step(weight: nn.Parameter) -> None:
     ],
 )
 def test_the_copy_follows_the_weight(change: Callable[[nn.Parameter], None]) -> None:
-    weight = nn.Parameter(torch.randn(48, 80))
+    weight = nn.Parameter(torch.randn(100, 80))
     for _ in range(2):
         transposed(weight)
         change(weight)
@@ -117,6 +117,26 @@ def test_windows_of_one_weight_are_kept_apart() -> None:
         right = OP(weight, [40, 48], [1, 80], 40, weight.dtype)
     assert torch.equal(left, weight[:, :40].t())
     assert torch.equal(right, weight[:, 40:].t())
+
+
+def test_a_small_weight_is_compared_whole() -> None:
+    weight = nn.Parameter(torch.randn(24, 40))
+    transposed(weight)
+    weight.data[23, 38] = 7.0  # one element, not seen by the version counter
+    assert torch.equal(transposed(weight), weight.t())
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (300, 1), (1, 9000)])
+def test_sizes_of_zero_and_one(shape: tuple[int, int]) -> None:
+    weight = nn.Parameter(torch.randn(shape))
+    for _ in range(2):
+        assert torch.equal(transposed(weight), weight.t())
+
+
+def test_an_expanded_weight_takes_less_memory_than_it_has_elements() -> None:
+    weight = torch.randn(5).expand(2000, 5)
+    for _ in range(2):
+        assert torch.equal(OP(weight, [5, 2000], [1, 0], 0, weight.dtype), weight.t())
 
 
 def test_an_inference_tensor_is_copied_every_time() -> None:
