@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 GLU_MAX_TOKENS = 8
 """Above this many tokens the union of active neurons is nearly all of them, so
 computing the up projection for active neurons only saves nothing over a dense GEMM."""
@@ -96,9 +94,23 @@ def glu_pays(M: object) -> bool:
     return isinstance(M, int) and 0 < M <= GLU_MAX_TOKENS
 
 
-def dense_call_density(dtype: torch.dtype) -> float:
-    """Fraction of non-zeros above which one call of many rows multiplies densely.
+FEW_TOKENS = 32
+"""Up to so many tokens a 16-bit dense product is bound by reading the weight, which
+skipping hardly shortens: the tokens together name most of its rows."""
 
-    Where the skipping and the dense product take equally long (docs/performance.md).
+_BREAK_EVEN = {"bfloat16": (0.2, 0.35)}
+_BREAK_EVEN_ELSE = (0.6, 0.6)
+
+
+def break_even_density(tokens: int | None, dtype: str) -> float:
+    """Fraction of non-zeros below which skipping wins, for a dtype such as "float32".
+
+    Measured where the skipping and the dense product take equally long on a CPU with
+    dot products of bf16 (docs/performance.md).  It is 1 where no density loses.
     """
-    return 0.3 if dtype is torch.bfloat16 else 0.6
+    few, many = _BREAK_EVEN.get(dtype, _BREAK_EVEN_ELSE)
+    if tokens is None:
+        return many
+    if tokens <= ALWAYS_WINS_TOKENS:
+        return 1.0
+    return few if tokens <= FEW_TOKENS else many

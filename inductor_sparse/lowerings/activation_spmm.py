@@ -64,10 +64,19 @@ def _product(
         inputs,
         layout,
         batches=batches_text,
-        dense_density=profitability.dense_call_density(dtype),
+        dense_density=_break_even(str(dtype).removeprefix("torch.")),
         **symbols,
     )
     return common.choose(template)
+
+
+def _break_even(dtype: str) -> str:
+    """The density above which a call of ``rows`` rows multiplies densely, in C++."""
+    few, many = (
+        profitability.break_even_density(tokens, dtype)
+        for tokens in (profitability.FEW_TOKENS, None)
+    )
+    return f"(rows <= {profitability.FEW_TOKENS} ? {few} : {many})"
 
 
 def register() -> None:

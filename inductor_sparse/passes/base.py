@@ -142,7 +142,7 @@ class Rule(abc.ABC):
         return (
             unsupported(site)
             or _missing_kernel(site, self.op)
-            or _too_dense(decision, context)
+            or _too_dense(site, decision, context)
         )
 
     def _apply(
@@ -246,18 +246,29 @@ def _missing_kernel(site: Site, op: str) -> Rejection | None:
     )
 
 
-def _too_dense(decision: Decision, context: PassContext) -> Rejection | None:
+def _too_dense(
+    site: Site, decision: Decision, context: PassContext
+) -> Rejection | None:
     demoted = context.demoted.get(decision.site)
     if demoted is not None:
         return Rejection(demoted, "observed at run time: skipping zeros did not pay")
     limit = float(context.option("max_density"))
-    if decision.density is None or decision.density <= limit:
+    if decision.density is None:
         return None
-    return Rejection(
-        Reason.TOO_DENSE,
-        f"the plan measured density {decision.density:.3g}, "
-        f"above sparse.max_density {limit:.3g}",
-    )
+    measured = f"the plan measured density {decision.density:.3g}"
+    if decision.density > limit:
+        return Rejection(
+            Reason.TOO_DENSE, f"{measured}, above sparse.max_density {limit:.3g}"
+        )
+    tokens = size_hint(site.sizes[0])
+    break_even = profitability.break_even_density(tokens, site.dtype)
+    if decision.density > break_even:
+        return Rejection(
+            Reason.NOT_PROFITABLE,
+            f"{measured}, and with {tokens} tokens of {site.dtype} skipping zeros wins "
+            f"below {break_even:.3g}",
+        )
+    return None
 
 
 def _copy_pays(site: Site, context: PassContext) -> bool:

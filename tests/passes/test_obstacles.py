@@ -124,8 +124,17 @@ def test_planned_too_dense() -> None:
     assert decision.reason is Reason.TOO_DENSE
     assert "0.7" in decision.detail
     assert "0.6" in decision.detail
+    _, decision = run(plan=plan(0.55), options={"max_density": 0.5})
+    assert decision.reason is Reason.TOO_DENSE
+
+
+def test_planned_where_skipping_loses() -> None:
     _, decision = run(plan=plan(0.7), options={"max_density": 0.8})
-    assert decision.status is Status.APPLIED
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert decision.detail == (
+        "the plan measured density 0.7, and with 5 tokens of float32 skipping zeros "
+        "wins below 0.6"
+    )
 
 
 def test_demoted_at_run_time() -> None:

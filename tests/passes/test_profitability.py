@@ -45,3 +45,12 @@ def test_kernels_by_device() -> None:
     assert p.has_kernel("cpu", "activation_spmm", "bfloat16")
     assert not p.has_kernel("cpu", "activation_spmm", "float64")
     assert not p.has_kernel("cuda", "activation_spmm", "bfloat16")
+
+
+def test_break_even_falls_with_tokens_and_precision() -> None:
+    break_even = profitability.break_even_density
+    assert break_even(profitability.ALWAYS_WINS_TOKENS, "bfloat16") == 1.0
+    assert break_even(5, "bfloat16") < break_even(33, "bfloat16")
+    assert break_even(None, "bfloat16") == break_even(10**6, "bfloat16")
+    assert break_even(33, "bfloat16") < break_even(33, "float32")
+    assert break_even(33, "float16") == break_even(33, "float32")
