@@ -1,4 +1,4 @@
-"""Input that no rewrite was made for: a recorded reason, an error, and right numbers."""
+"""Input that no rewrite was made for: a recorded reason or an error, right numbers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def special_values(rows: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_and_inf_activations(dtype: torch.dtype) -> None:
-    """One to four rows are streamed, 5 and 70 use panels, dense ones a dense product."""
+    """4 rows are streamed, 5 and 70 use panels, dense ones torch's own product."""
     model = Down().to(dtype)
     with collect() as log, torch.no_grad():
         compiled = torch.compile(model, backend="sparse", dynamic=True)
