@@ -251,7 +251,11 @@ def _too_dense(
 ) -> Rejection | None:
     demoted = context.demoted.get(decision.site)
     if demoted is not None:
-        return Rejection(demoted, "observed at run time: skipping zeros did not pay")
+        return Rejection(
+            demoted,
+            "observed at run time: skipping zeros did not pay; "
+            "torch._dynamo.reset() forgets that",
+        )
     limit = float(context.option("max_density"))
     if decision.density is None:
         return None
