@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from numerics import assert_within_budget
 from report_models import FEATURES, HIDDEN
 from torch import Tensor, nn
 
@@ -16,12 +15,31 @@ from inductor_sparse.decisions import Decision, Status, collect
 Compiled = Callable[..., Any]
 
 
+def assert_as_good(actual: Tensor, dense: Tensor, exact: Tensor) -> None:
+    """Assert that the error of ``actual`` is at most twice that of ``dense``.
+
+    One rounding of the largest element is granted on top: with a handful of elements
+    the dense result may be right by luck.  NaN and Inf must be where they should be.
+    """
+    assert (actual.dtype, actual.shape) == (dense.dtype, exact.shape)
+    actual, exact = actual.detach().double(), exact.detach()
+    finite = exact.isfinite()
+    torch.testing.assert_close(
+        actual[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True
+    )
+    if not finite.any():
+        return
+    ours, theirs = ((y - exact)[finite].abs().max() for y in (actual, dense.detach()))
+    rounding = torch.finfo(dense.dtype).eps * exact[finite].abs().max()
+    assert ours <= 2 * theirs + rounding, f"error {ours:.3g}, dense {theirs:.3g}"
+
+
 def compare(compiled: Compiled, model: nn.Module, *inputs: Tensor) -> Tensor:
     """Assert that ``compiled(*inputs)`` is as close to float64 as ``model`` is."""
     actual = compiled(*inputs)
     exact = copy.deepcopy(model).double()(*map(_wide, inputs))
     dense = model(*inputs)
-    assert_within_budget(actual.detach(), dense.detach(), exact.detach())
+    assert_as_good(actual, dense, exact)
     return actual
 
 
