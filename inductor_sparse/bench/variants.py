@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from inductor_sparse import decisions
 from inductor_sparse.errors import NothingAppliedError
 
-WARMUP_CALLS = 20
+WARMUP_CALLS = 10
 GRAPH_CACHES_OFF = {
     "fx_graph_cache": False,
     "fx_graph_remote_cache": False,

@@ -4,14 +4,15 @@
 // weight W [K, N].  A row of the activation becomes a list of (index, value) of the
 // neurons that are not zero; Y[m] is the sum of value * W[index] over that list.
 //
-// Two ways to sum, by the number of rows M:
-//   stream_rows   few rows: memory bound, so each surviving row of W is read once, whole;
+// Three ways to sum, by the number of rows M:
+//   stream_rows   a few rows: memory bound, so for each row of the activation every
+//                 surviving row of W is read once, whole;
+//   ByNeuron      some rows: still memory bound, but now rows share neurons, so each
+//                 row of W that any of them needs is read once and added to all those;
 //   accumulate    many rows: BLOCK_K x BLOCK_N panels of W are copied to a contiguous
 //                 buffer that stays in cache (rows of W are N elements apart: used in
 //                 place they would fall on a few cache sets and one page each), and the
 //                 BLOCK_N sums of a row are held in vector registers over a panel.
-// Inductor brings vectors only where the CPU has them; this header also emulates them.
-#include <ATen/cpu/vec/vec.h>
 using Vec = at::vec::Vectorized<float>;
 
 // Products of two bf16 pairs per lane and instruction, where the CPU has it.
@@ -39,10 +40,13 @@ constexpr int64_t PANELS = USES_BF16_DOT<T> ? 2 : 4;
 constexpr int64_t PREFETCH_ROWS = 16;
 // The sums of one group of columns fill at most half of a usual L2 cache.
 constexpr int64_t SUMS_BYTES = 512 * 1024;
-// Up to so many rows W is streamed; beyond it is used from panels.
+// Up to so many rows W is streamed, and up to so many it is used neuron by neuron: none
+// with the bf16 dot product, whose panels are faster even for a few rows.
 constexpr int64_t STREAM_ROWS = 4;
-// Up to so many rows only the panel rows that some list names are copied.
-constexpr int64_t UNION_ROWS = 64;
+template <typename T>
+constexpr int64_t NEURON_ROWS = USES_BF16_DOT<T> ? STREAM_ROWS : 32;
+// Columns used together neuron by neuron: the sums of all rows stay in cache.
+constexpr int64_t NEURON_COLS = 1024;
 
 enum class Activation { identity, relu, relu2 };
 
@@ -161,19 +165,68 @@ inline void stream_rows(
   }
 }
 
-// Copy rows `list` of w[:, 0:cols] to neighbouring panels, columns beyond `cols` as
-// zeros.  The list goes on for PREFETCH_ROWS valid entries after `count`.
+// The lists of several rows turned around: which rows keep a neuron, and its value there.
+struct ByNeuron {
+  std::vector<int32_t> neuron;  // those kept by any row, ascending
+  std::vector<int32_t> begin;   // of each, its first entry; one more at the end
+  std::vector<int32_t> row;     // of each entry
+  std::vector<float> value;
+
+  // `index` and `values` hold a list every `capacity` entries, `count(m)` its length.
+  template <typename V, typename Count>
+  ByNeuron(
+      int64_t K, int64_t rows, int64_t capacity, const int32_t* index, const V* values,
+      const Count& count) {
+    if (rows == 0) return;
+    std::vector<int32_t> next(K, 0);
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t j = 0; j < count(m); j++) next[index[m * capacity + j]]++;
+    int32_t entries = 0;
+    for (int64_t k = 0; k < K; k++) {
+      if (next[k] == 0) continue;
+      neuron.push_back((int32_t)k);
+      begin.push_back(entries);
+      entries += std::exchange(next[k], entries);
+    }
+    begin.push_back(entries);
+    row.resize(entries);
+    value.resize(entries);
+    for (int64_t m = 0; m < rows; m++) {
+      for (int64_t j = 0; j < count(m); j++) {
+        const int32_t at = next[index[m * capacity + j]]++;
+        row[at] = (int32_t)m;
+        value[at] = (float)values[m * capacity + j];
+      }
+    }
+  }
+
+  // sums[m * ld + 0:cols] += the products of all entries with w[:, 0:cols].
+  template <typename T>
+  void add_to(float* sums, int64_t ld, const T* w, int64_t ldw, int64_t cols) const {
+    constexpr int64_t AHEAD = 4;
+    const int64_t last = (int64_t)neuron.size() - 1;
+    for (int64_t u = 0; u <= last; u++) {
+      const T* from = w + neuron[u] * ldw;
+      const T* next = w + neuron[std::min(u + AHEAD, last)] * ldw;
+      for (int32_t e = begin[u]; e < begin[u + 1]; e++) {
+        stream_group<T, 1>(sums + row[e] * ld, &from, &next, &value[e], cols);
+        next = from;  // asked for once
+      }
+    }
+  }
+};
+
+// Copy w[0:rows, 0:cols] to neighbouring panels, columns beyond `cols` as zeros.
 template <typename T>
 inline void copy_panels(
-    const T* w, int64_t ldw, int64_t cols, const int32_t* list, int64_t count,
-    Operand<T>* panels) {
-  for (int64_t q = 0; q < count; q++) {
-    const T* ahead = w + list[q + PREFETCH_ROWS] * ldw;
+    const T* w, int64_t ldw, int64_t rows, int64_t cols, Operand<T>* panels) {
+  for (int64_t r = 0; r < rows; r++) {
+    const T* from = w + r * ldw;
+    const T* ahead = w + std::min(r + PREFETCH_ROWS, rows - 1) * ldw;
     for (int64_t c = 0; c < cols; c += 64 / (int64_t)sizeof(T))
       __builtin_prefetch(ahead + c);
-    const T* from = w + list[q] * ldw;
     for (int64_t n = 0; n < cols; n += BLOCK_N<T>) {
-      Operand<T>* to = panels + n * PANEL_ROWS<T> + list[q] * BLOCK_N<T>;
+      Operand<T>* to = panels + n * PANEL_ROWS<T> + r * BLOCK_N<T>;
       const int64_t width = std::min(BLOCK_N<T>, cols - n);
       if (width == BLOCK_N<T>) {
         for (int64_t c = 0; c < BLOCK_N<T>; c++) to[c] = (Operand<T>)from[n + c];
