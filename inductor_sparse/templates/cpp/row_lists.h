@@ -7,7 +7,7 @@
 // Three ways to sum, by the number of rows M:
 //   stream_rows   a few rows: memory bound, so for each row of the activation every
 //                 surviving row of W is read once, whole;
-//   ByNeuron      some rows: still memory bound, but now rows share neurons, so each
+//   ByNeuron      some sparse rows: still memory bound, but now rows share neurons, so each
 //                 row of W that any of them needs is read once and added to all those;
 //   accumulate    many rows: BLOCK_K x BLOCK_N panels of W are copied to a contiguous
 //                 buffer that stays in cache (rows of W are N elements apart: used in
@@ -45,6 +45,9 @@ constexpr int64_t SUMS_BYTES = 512 * 1024;
 constexpr int64_t STREAM_ROWS = 4;
 template <typename T>
 constexpr int64_t NEURON_ROWS = USES_BF16_DOT<T> ? STREAM_ROWS : 32;
+// ... unless more than this fraction is kept: then panels read W as little, and hold the
+// sums in registers.
+constexpr double NEURON_DENSITY = 0.2;
 // Columns used together neuron by neuron: the sums of all rows stay in cache.
 constexpr int64_t NEURON_COLS = 1024;
 
