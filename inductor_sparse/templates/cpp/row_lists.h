@@ -13,6 +13,8 @@
 //                 buffer that stays in cache (rows of W are N elements apart: used in
 //                 place they would fall on a few cache sets and one page each), and the
 //                 BLOCK_N sums of a row are held in vector registers over a panel.
+// Inductor brings vectors only where the CPU has them; this header also emulates them.
+#include <ATen/cpu/vec/vec.h>
 using Vec = at::vec::Vectorized<float>;
 
 // Products of two bf16 pairs per lane and instruction, where the CPU has it.
