@@ -22,7 +22,7 @@ from inductor_sparse.bench.variants import (
 PROMPT, DECODED = 256, 8
 DEFAULT, FREEZING, _, AUTOTUNED = SETTINGS
 # On a CPU only frozen weights are autotuned, so max-autotune alone is the default.  For
-# a whole prompt it was measured to tie with freezing at best, and takes long to compile.
+# a whole prompt it was measured to tie with freezing at best, and is slow to compile.
 DENSE = {"prefill": [DEFAULT, FREEZING], "decode": [DEFAULT, FREEZING, AUTOTUNED]}
 Round = list[tuple[Tensor, Tensor]]
 """Calls that are timed together: the tokens of each, and where in the text they are."""
