@@ -98,8 +98,25 @@ FEW_TOKENS = 32
 """Up to so many tokens a 16-bit dense product is bound by reading the weight, which
 skipping hardly shortens: the tokens together name most of its rows."""
 
-_BREAK_EVEN = {"bfloat16": (0.2, 0.35)}
+_STREAM_READS = {"bfloat16": 2.0}
+_STREAM_READS_ELSE = 1.5
+_BREAK_EVEN = {"bfloat16": (0.12, 0.3)}
 _BREAK_EVEN_ELSE = (0.6, 0.6)
+
+
+def stream_reads(dtype: str) -> float:
+    """How often each row of the weight may be read, on average, by tokens in turn.
+
+    Reading the surviving rows anew for each token has no other cost than the reading:
+    up to here it is faster than sharing them, and than a dense product.
+    """
+    return _STREAM_READS.get(dtype, _STREAM_READS_ELSE)
+
+
+def dense_call_density(tokens: int | None, dtype: str) -> float:
+    """Fraction of non-zeros above which a call that does not stream is made densely."""
+    few, many = _BREAK_EVEN.get(dtype, _BREAK_EVEN_ELSE)
+    return few if tokens is not None and tokens <= FEW_TOKENS else many
 
 
 def break_even_density(tokens: int | None, dtype: str) -> float:
@@ -108,9 +125,9 @@ def break_even_density(tokens: int | None, dtype: str) -> float:
     Measured where the skipping and the dense product take equally long on a CPU with
     dot products of bf16 (docs/performance.md).  It is 1 where no density loses.
     """
-    few, many = _BREAK_EVEN.get(dtype, _BREAK_EVEN_ELSE)
     if tokens is None:
-        return many
+        return dense_call_density(tokens, dtype)
     if tokens <= ALWAYS_WINS_TOKENS:
         return 1.0
-    return few if tokens <= FEW_TOKENS else many
+    streaming = min(1.0, stream_reads(dtype) / tokens)
+    return max(streaming, dense_call_density(tokens, dtype))

@@ -56,6 +56,7 @@ def _product(
     def batches_text(kernel: CppTemplateKernel) -> str:
         return cexpr_index(kernel.rename_indexing(batches))
 
+    name = str(dtype).removeprefix("torch.")
     inputs = {"Z": z, "W": w}
     if counters is not None:
         inputs["C"] = realize_inputs(counters)
@@ -64,16 +65,17 @@ def _product(
         inputs,
         layout,
         batches=batches_text,
-        dense_density=_break_even(str(dtype).removeprefix("torch.")),
+        stream_reads=profitability.stream_reads(name),
+        dense_density=_dense_density(name),
         **symbols,
     )
     return common.choose(template)
 
 
-def _break_even(dtype: str) -> str:
+def _dense_density(dtype: str) -> str:
     """The density above which a call of ``rows`` rows multiplies densely, in C++."""
     few, many = (
-        profitability.break_even_density(tokens, dtype)
+        profitability.dense_call_density(tokens, dtype)
         for tokens in (profitability.FEW_TOKENS, None)
     )
     return f"(rows <= {profitability.FEW_TOKENS} ? {few} : {many})"

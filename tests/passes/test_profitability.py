@@ -50,7 +50,9 @@ def test_kernels_by_device() -> None:
 def test_break_even_falls_with_tokens_and_precision() -> None:
     break_even = p.break_even_density
     assert break_even(p.ALWAYS_WINS_TOKENS, "bfloat16") == 1.0
-    assert break_even(5, "bfloat16") < break_even(33, "bfloat16")
+    assert break_even(16, "bfloat16") < break_even(33, "bfloat16")
+    assert break_even(5, "bfloat16") == p.stream_reads("bfloat16") / 5
+    assert break_even(16, "float32") == p.dense_call_density(16, "float32")
     assert break_even(None, "bfloat16") == break_even(10**6, "bfloat16")
     assert break_even(33, "bfloat16") < break_even(33, "float32")
     assert break_even(33, "float16") == break_even(33, "float32")

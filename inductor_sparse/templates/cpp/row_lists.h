@@ -4,9 +4,9 @@
 // weight W [K, N].  A row of the activation becomes a list of (index, value) of the
 // neurons that are not zero; Y[m] is the sum of value * W[index] over that list.
 //
-// Three ways to sum, by the number of rows M:
-//   stream_rows   a few rows: memory bound, so for each row of the activation every
-//                 surviving row of W is read once, whole;
+// Three ways to sum, by the number of rows M and of what they keep:
+//   stream_rows   a few rows, or very sparse ones: memory bound, so for each row of the
+//                 activation every surviving row of W is read once, whole;
 //   ByNeuron      some sparse rows: still memory bound, but now rows share neurons, so each
 //                 row of W that any of them needs is read once and added to all those;
 //   accumulate    many rows: BLOCK_K x BLOCK_N panels of W are copied to a contiguous
@@ -42,14 +42,17 @@ constexpr int64_t PANELS = USES_BF16_DOT<T> ? 2 : 4;
 constexpr int64_t PREFETCH_ROWS = 16;
 // The sums of one group of columns fill at most half of a usual L2 cache.
 constexpr int64_t SUMS_BYTES = 512 * 1024;
-// Up to so many rows W is streamed, and up to so many it is used neuron by neuron: none
-// with the bf16 dot product, whose panels are faster even for a few rows.
+// Up to so many rows W is streamed whatever they keep.
 constexpr int64_t STREAM_ROWS = 4;
+// Up to so many rows it is used neuron by neuron: none with the bf16 dot product, whose
+// panels are faster even for a few rows.
 template <typename T>
 constexpr int64_t NEURON_ROWS = USES_BF16_DOT<T> ? STREAM_ROWS : 32;
 // ... unless more than this fraction is kept: then panels read W as little, and hold the
 // sums in registers.
 constexpr double NEURON_DENSITY = 0.2;
+// Up to so many rows leave some rows of W to no list.
+constexpr int64_t UNION_ROWS = 64;
 // Columns used together neuron by neuron: the sums of all rows stay in cache.
 constexpr int64_t NEURON_COLS = 1024;
 
@@ -221,13 +224,32 @@ struct ByNeuron {
   }
 };
 
-// Copy w[0:rows, 0:cols] to neighbouring panels, columns beyond `cols` as zeros.
+// Which rows of each panel some list needs.
+struct PanelRows {
+  std::vector<int32_t> row;    // within its panel, ascending
+  std::vector<int32_t> begin;  // of each panel, its first; one more at the end
+
+  // `needed` has a flag for each of K neurons, or is empty if all are needed.
+  PanelRows(int64_t K, int64_t panel_size, const std::vector<uint8_t>& needed) {
+    row.reserve(K);
+    begin.push_back(0);
+    for (int64_t k = 0; k < K; k++) {
+      if (needed.empty() || needed[k]) row.push_back((int32_t)(k % panel_size));
+      if ((k + 1) % panel_size == 0 || k + 1 == K) begin.push_back((int32_t)row.size());
+    }
+  }
+};
+
+// Copy rows list[0:count] of w[:, 0:cols] to neighbouring panels, columns beyond `cols`
+// as zeros.
 template <typename T>
 inline void copy_panels(
-    const T* w, int64_t ldw, int64_t rows, int64_t cols, Operand<T>* panels) {
-  for (int64_t r = 0; r < rows; r++) {
+    const T* w, int64_t ldw, int64_t cols, const int32_t* list, int64_t count,
+    Operand<T>* panels) {
+  for (int64_t q = 0; q < count; q++) {
+    const int64_t r = list[q];
     const T* from = w + r * ldw;
-    const T* ahead = w + std::min(r + PREFETCH_ROWS, rows - 1) * ldw;
+    const T* ahead = w + list[std::min(q + PREFETCH_ROWS, count - 1)] * ldw;
     for (int64_t c = 0; c < cols; c += 64 / (int64_t)sizeof(T))
       __builtin_prefetch(ahead + c);
     for (int64_t n = 0; n < cols; n += BLOCK_N<T>) {
@@ -253,25 +275,27 @@ inline void accumulate(
   for (int64_t c = 0; c < BLOCK_N<T>; c += 16) __builtin_prefetch(sums + c, 1);
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
   if constexpr (USES_BF16_DOT<T>) {
-    // Lists have an even length here.  Interleaving two rows of W gives the pairs that
-    // the dot product sums; the order of the sums is undone by restore_order().
+    // Interleaving two rows of W gives the pairs that the dot product sums; the order
+    // of the sums is undone by restore_order().  An odd last row is paired with zeros.
     constexpr int64_t PAIRS = BLOCK_N<T> / 32;
     __m512 low[PAIRS], high[PAIRS];
     c10::ForcedUnroll<PAIRS>{}(
         [&](auto i) { low[i] = high[i] = _mm512_setzero_ps(); });
-    for (int64_t j = 0; j < count; j += 2) {
-      const T* even = panel + (index[j] - first) * BLOCK_N<T>;
-      const T* odd = panel + (index[j + 1] - first) * BLOCK_N<T>;
-      int32_t two;
-      std::memcpy(&two, value + j, sizeof(two));
+    const auto add = [&](int64_t even, int64_t odd, const T* values, size_t bytes) {
+      int32_t two = 0;
+      std::memcpy(&two, values, bytes);
       const __m512bh v = (__m512bh)_mm512_set1_epi32(two);
       c10::ForcedUnroll<PAIRS>{}([&](auto i) {
-        const __m512i a = _mm512_loadu_si512(even + i * 32);
-        const __m512i b = _mm512_loadu_si512(odd + i * 32);
+        const __m512i a = _mm512_loadu_si512(panel + even * BLOCK_N<T> + i * 32);
+        const __m512i b = _mm512_loadu_si512(panel + odd * BLOCK_N<T> + i * 32);
         low[i] = _mm512_dpbf16_ps(low[i], v, (__m512bh)_mm512_unpacklo_epi16(a, b));
         high[i] = _mm512_dpbf16_ps(high[i], v, (__m512bh)_mm512_unpackhi_epi16(a, b));
       });
-    }
+    };
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2)
+      add(index[j] - first, index[j + 1] - first, value + j, 2 * sizeof(T));
+    if (j < count) add(index[j] - first, BLOCK_K<T>, value + j, sizeof(T));
     c10::ForcedUnroll<PAIRS>{}([&](auto i) {
       (Vec::loadu(sums + i * 32) + Vec(low[i])).store(sums + i * 32);
       (Vec::loadu(sums + i * 32 + 16) + Vec(high[i])).store(sums + i * 32 + 16);
