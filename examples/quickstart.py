@@ -30,10 +30,11 @@ def same_results(phases: Phases, prompt: bytes) -> bool:
     for prefill, decode in zip(
         phases["prefill"][-2:], phases["decode"][-2:], strict=True
     ):
-        texts.append(generate(joined(prefill, decode), prompt, 120, prefill.cache))
+        texts.append(generate(joined(prefill, decode), prompt, 80, prefill.cache))
         losses.append(prefill.loss())
-    shown = (prompt[-80:] + texts[1]).decode(errors="replace")
-    print("\n80 bytes of the prompt, then what the sparse model wrote:\n")
+    written = (prompt[-80:] + texts[1]).decode(errors="replace")
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in written)
+    print("\n80 bytes of the prompt, then 80 that the sparse model wrote:\n")
     print(textwrap.indent(shown, "  | ", lambda line: True))
     print(f"\ngreedy text:   {'the same' if texts[0] == texts[1] else 'DIFFERENT'}")
     print("held-out loss: dense {:.6f}, sparse {:.6f} nats per byte".format(*losses))
@@ -44,6 +45,7 @@ def compare_speed(phases: Phases, seconds: float) -> None:
     """Print tokens per second, and the speedups over the best dense variant."""
     rows = []
     for phase, variants in phases.items():
+        print(f"timing {phase}, {seconds:g} seconds or more", file=sys.stderr)
         rates = tokens_per_second(variants, seconds)
         best = max(rates[:-1], key=median)
         for variant, rate in zip(variants, rates, strict=True):

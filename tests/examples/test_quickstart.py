@@ -81,7 +81,17 @@ def test_other_text_or_loss_is_noticed(
     assert quickstart.same_results(phases, b"x" * 256) is same
     printed = capsys.readouterr().out
     assert ("DIFFERENT" in printed) is (sparse.byte == ord("b"))
-    assert "x" * 80 + chr(sparse.byte) * 120 in printed
+    assert "x" * 80 + chr(sparse.byte) * 80 in printed
+
+
+def test_what_a_terminal_would_obey_is_not_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    phases: Any = {phase: [Fake(byte=27)] * 2 for phase in ("prefill", "decode")}
+    assert quickstart.same_results(phases, b"x" * 256)
+    printed = capsys.readouterr().out
+    assert "x?" in printed
+    assert "\x1b" not in printed
 
 
 def test_speed_is_compared_with_the_best_dense(
