@@ -60,7 +60,8 @@ def conclusion(decisions: Sequence[Decision], graphs: int, other_matmuls: int) -
         return f"no candidate site: no matmul reads a ReLU or ReLU² output; {others}"
     applied = sum(d.status is Status.APPLIED for d in decisions)
     plural = "" if len(decisions) == 1 else "s"
-    parts = [f"{applied} of {len(decisions)} site{plural} run sparse"]
+    verb = "runs" if len(decisions) == 1 else "run"
+    parts = [f"{applied} of {len(decisions)} site{plural} {verb} sparse"]
     if applied < len(decisions):
         parts.append(f"{len(decisions) - applied} dense ({_reasons(decisions)})")
     return "; ".join([*parts, others])

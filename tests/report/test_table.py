@@ -58,7 +58,7 @@ def test_first_line_is_the_conclusion() -> None:
     [
         ([], 0, 0, "no graph was compiled"),
         ([], 1, 1, "no candidate site: .*; 1 other matmul$"),
-        ([decision()], 1, 0, "^1 of 1 site run sparse; 0 other matmuls$"),
+        ([decision()], 1, 0, "^1 of 1 site runs sparse; 0 other matmuls$"),
         (
             [DENSE, DENSE, decision(Reason.UNSUPPORTED_DTYPE)],
             1,
