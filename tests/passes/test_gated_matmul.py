@@ -33,7 +33,8 @@ def d_relu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     sizes = [(*shape, D), (HIDDEN, D), (HIDDEN, D), (N, HIDDEN)]
-    return [torch.randn(size).to(dtype) for size in sizes]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
 
 
 def run(
