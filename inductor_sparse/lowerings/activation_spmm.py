@@ -29,23 +29,22 @@ def tuned_activation_spmm(
     """Lower ``activation_spmm``; a batch becomes the rows of one product."""
     if not common.has_cpp_kernel(z, w):
         return common.fallback(OP)(z, w, activation)
-    symbols = {"activation": activation}
     if len(z.get_size()) == 2:
-        return _product(z, w, counters, batches=1, **symbols)
+        return _product(z, w, activation, counters, batches=1)
     view = lowerings[common.aten.view.default]
     B, M, K = z.get_size()
     N = w.get_size()[-1]
     z_2d = view(z, [B * M, K])
     w_2d = view(w, [B * K, N])
-    return view(_product(z_2d, w_2d, counters, batches=B, **symbols), [B, M, N])
+    return view(_product(z_2d, w_2d, activation, counters, batches=B), [B, M, N])
 
 
 def _product(
     z: ir.TensorBox,
     w: ir.TensorBox,
+    activation: str,
     counters: ir.TensorBox | None,
     batches: object,
-    **symbols: object,
 ) -> ir.TensorBox:
     """``act(z) @ w`` where ``z [batches * M, K]`` and ``w [batches * K, N]``."""
     z, w = realize_inputs(z, w)
@@ -64,10 +63,10 @@ def _product(
         "activation_spmm",
         inputs,
         layout,
+        activation=activation,
         batches=batches_text,
         stream_reads=profitability.stream_reads(name),
         dense_density=_dense_density(name),
-        **symbols,
     )
     return common.choose(template)
 
