@@ -21,6 +21,10 @@ disabled_rules: str = Config(
 )
 weight_copies: bool = True
 max_density: float = 0.6
+max_dropped_energy: float = 0.01
+quantize: str = "none"
+predicted_scales: bool = False
+allow_unverified: bool = False
 adaptive: bool = True
 
 # Whatever stands above this line becomes an option (postponed annotations would too,
@@ -32,9 +36,10 @@ if typing.TYPE_CHECKING:
 
 HELP: dict[str, str] = {
     "activation_format": (
-        'Which rewrites of a sparse activation are allowed: "exact" skips zeros only, '
-        '"2:4" also the approximate 2:4 format where a device has kernels for it, '
-        '"auto" takes the best allowed for the device.'
+        'Which rewrites of a sparse activation are allowed: "exact" skips zeros only; '
+        '"2:4" takes the approximate 2:4 format wherever a device has kernels for it, '
+        'whether it pays or not; "auto" takes the best for the device and the number '
+        "of tokens."
     ),
     "strict": "Raise NothingAppliedError if a compiled graph has no applied site.",
     "dump_dir": (
@@ -51,11 +56,33 @@ HELP: dict[str, str] = {
         "A site whose planned density (fraction of non-zeros) is above this stays "
         "dense."
     ),
+    "max_dropped_energy": (
+        "A site whose planned 2:4 loss (the fraction of the activation's sum of squares "
+        "that is dropped) is above this is not rewritten to 2:4; its root is about the "
+        "relative error of the product."
+    ),
+    "quantize": (
+        "Run both matmuls of a ReLU² or ReLU FFN in 8 bits where a device has kernels "
+        "for it, each row of weights and activations with its own scale; weights are "
+        "quantized once."
+    ),
+    "predicted_scales": (
+        "Let a quantizing kernel take the scale of a row from the norm of its input "
+        "instead of from the row itself, which saves reading the row again; values "
+        "beyond the scale saturate."
+    ),
+    "allow_unverified": (
+        "Use kernels that never ran on this kind of device; without it such sites stay "
+        "dense."
+    ),
     "adaptive": (
         "Let a site that is observed too dense to win at run time go back to dense."
     ),
 }
 """One line of help for each option; ``docs/options.md`` is generated from it."""
 
-CHOICES: dict[str, tuple[Any, ...]] = {"activation_format": ("auto", "exact", "2:4")}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation_format": ("auto", "exact", "2:4"),
+    "quantize": ("none", "fp8", "int8"),
+}
 """Options that accept only these values."""

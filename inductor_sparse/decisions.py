@@ -44,6 +44,8 @@ class Reason(str, enum.Enum):
     TRAINING_GRAPH = "training-graph"
     HIGHER_ORDER_OP = "higher-order-op"
     NO_KERNEL_YET = "no-kernel-yet"
+    ARCH_UNSUPPORTED = "arch-unsupported"
+    KERNEL_UNVERIFIED = "kernel-unverified"
     NOT_PROFITABLE = "not-profitable"
     TOO_DENSE = "too-dense"
     RULE_DISABLED = "rule-disabled"

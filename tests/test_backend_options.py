@@ -36,6 +36,10 @@ def test_ours_lose_the_prefix_and_inductors_are_passed_on() -> None:
         ("sparse.max_density", "0.5", "takes float, got str"),
         ("sparse.dump_dir", 3, "takes str, got int 3"),
         ("sparse.activation_format", "exakt", "the nearest is 'exact'"),
+        ("sparse.quantize", "fp16", "the nearest is 'fp8'"),
+        ("sparse.max_dropped_energy", "1%", "takes float, got str"),
+        ("sparse.allow_unverified", 1, "takes bool, got int 1"),
+        ("sparse.predicted_scale", True, 'did you mean "sparse.predicted_scales"'),
     ],
 )
 def test_a_bad_option_names_the_nearest_good_one(

@@ -43,7 +43,15 @@ HINTS: dict[Reason, str] = {
     Reason.HIGHER_ORDER_OP: (
         "the FFN is inside torch.cond, checkpoint or the like; move it outside"
     ),
-    Reason.NO_KERNEL_YET: "there is no kernel for this device in this release",
+    Reason.NO_KERNEL_YET: (
+        "there is no kernel for this device and dtype, or a package that compiles it "
+        "is missing; see the detail"
+    ),
+    Reason.ARCH_UNSUPPORTED: "no kernel is known to work on this architecture of GPU",
+    Reason.KERNEL_UNVERIFIED: (
+        "the kernel never ran on this architecture of GPU; sparse.allow_unverified "
+        "lets it run"
+    ),
     Reason.NOT_PROFITABLE: (
         "skipping zeros would not be faster at these sizes; nothing needs to be done"
     ),
