@@ -226,7 +226,7 @@ def _training(tmp_path: Path, *options: str) -> Training:
 
 def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
     training = _training(tmp_path, "--rate", "1e-2")
-    losses = [training.train_step() for _ in range(12)]
+    losses = [training.train_step().item() for _ in range(12)]
     assert losses[0] == pytest.approx(5.545, abs=0.01)
     assert losses[-1] < losses[0] - 0.3
 
