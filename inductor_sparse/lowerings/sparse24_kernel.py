@@ -1,0 +1,245 @@
+"""The Hopper kernel of ``sparse24_mm`` as text: its tiles, its source, its arguments.
+
+Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction, ``S`` packed reduction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jinja2
+import torch
+
+from inductor_sparse import templates
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "s8",
+}
+"""Dtypes of the packed operand, and what PTX calls them."""
+
+SHARED_BYTES = 232_448
+"""Dynamic shared memory that a block may have on sm_90 (227 KiB)."""
+
+_STAGE_ROW_BYTES = {"values": 64, "w": 128}
+_METADATA_BYTES = 512
+_STORE_BYTES = 64 * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How a CTA tiles the product.
+
+    ``consumers`` warpgroups each compute ``m64`` blocks of 64 rows, all of them
+    ``block_n`` columns; a ``cluster`` of CTAs, adjacent along M, shares each tile of
+    ``w``; ``stages`` tiles are in flight; a consumer has ``store_buffers`` buffers of
+    64 x 64 output values.
+    """
+
+    consumers: int = 2
+    m64: int = 1
+    block_n: int = 256
+    stages: int = 5
+    cluster: int = 2
+    store_buffers: int = 1
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.consumers * self.m64
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA: the consumers and one warpgroup that produces."""
+        return 128 * (self.consumers + 1)
+
+    @property
+    def accumulators(self) -> int:
+        """Accumulator registers of a consumer thread."""
+        return self.m64 * self.block_n // 2
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Bytes of dynamic shared memory for operands of ``itemsize`` bytes."""
+        words = 2 if itemsize == 1 else 1
+        stage = (
+            self.block_m * _STAGE_ROW_BYTES["values"]
+            + self.block_n * _STAGE_ROW_BYTES["w"]
+            + self.block_m // 64 * words * _METADATA_BYTES
+        )
+        ring = -(-self.stages * stage // 1024) * 1024
+        store = self.consumers * self.store_buffers * _STORE_BYTES
+        barriers, alignment = 16 * self.stages, 1024
+        return ring + store + barriers + alignment
+
+    def __str__(self) -> str:
+        """As in ``128x256 cluster 2 stages 5``."""
+        return (
+            f"{self.block_m}x{self.block_n} cluster {self.cluster} stages {self.stages}"
+        )
+
+
+_CONFIGS: dict[int, tuple[TileConfig, ...]] = {
+    2: (
+        TileConfig(),
+        TileConfig(m64=2, block_n=128, stages=6),
+        TileConfig(block_n=192, stages=6),
+        TileConfig(block_n=128, stages=8, store_buffers=2),
+        TileConfig(block_n=128, stages=8, store_buffers=2, cluster=1),
+        TileConfig(block_n=64, stages=10, store_buffers=1, cluster=1),
+    ),
+    1: (
+        TileConfig(stages=4, store_buffers=2),
+        TileConfig(m64=2, block_n=128, stages=5),
+        TileConfig(block_n=192, stages=6),
+        TileConfig(block_n=128, stages=7, store_buffers=2),
+        TileConfig(block_n=128, stages=7, store_buffers=2, cluster=1),
+        TileConfig(block_n=64, stages=10, store_buffers=1, cluster=1),
+    ),
+}
+
+
+def configs(dtype: torch.dtype, b_order: str = "k") -> tuple[TileConfig, ...]:
+    """The tiles that exist for a dtype, the best for many tokens first.
+
+    With ``b_order="n"`` a CTA loads boxes of 64 columns, so its part of a tile must be
+    whole boxes.
+    """
+    return tuple(
+        config
+        for config in _CONFIGS[dtype.itemsize]
+        if b_order == "k" or config.block_n % (64 * config.cluster) == 0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What happens to an accumulator after the scales; by default it is stored.
+
+    ``code``, ``params``, ``body``, ``primary0`` and ``primary1`` are C++ text, see the
+    head of ``templates/cuda/sparse24_mm.cu.jinja``.  ``out_dtype`` is the dtype of the
+    output that goes through shared memory and TMA (bf16 or fp16), or None if every
+    store is in ``body``.
+    """
+
+    out_dtype: torch.dtype | None
+    code: str = ""
+    params: tuple[str, ...] = ()
+    body: str = ""
+    primary0: str = "acc0"
+    primary1: str = "acc1"
+
+
+def plain_epilogue(out_dtype: torch.dtype, N: int) -> Epilogue:
+    """Store the product itself as ``[M, N]`` row-major.
+
+    TMA takes rows of a multiple of 16 bytes and 16-bit values; otherwise every thread
+    stores its own elements.
+    """
+    if out_dtype in (torch.bfloat16, torch.float16) and N % 8 == 0:
+        return Epilogue(out_dtype)
+    if out_dtype == torch.float32:
+        kind, value0, value1 = "float", "acc0", "acc1"
+    else:
+        kind = "u16"
+        convert = "bf16" if out_dtype == torch.bfloat16 else "f16"
+        code = (
+            "DEVICE u16 round16(float x) {\n  u16 r;\n"
+            f'  asm("cvt.rn.{convert}.f32 %0, %1;" : "=h"(r) : "f"(x));\n'
+            "  return r;\n}"
+        )
+        value0, value1 = "round16(acc0)", "round16(acc1)"
+    body = (
+        f"if (ok0) out[m * N + n] = {value0};\nif (ok1) out[m * N + n + 1] = {value1};"
+    )
+    return Epilogue(
+        None,
+        code="" if kind == "float" else code,
+        params=(f"{kind}* __restrict__ out",),
+        body=body,
+    )
+
+
+def kernel_source(
+    name: str,
+    dtype: torch.dtype,
+    config: TileConfig,
+    epilogue: Epilogue,
+    *,
+    b_order: str = "k",
+    has_row_scale: bool = False,
+    has_col_scale: bool = False,
+) -> str:
+    """CUDA C++ of one kernel.
+
+    Args:
+        name: name of the kernel.
+        dtype: of ``values`` and ``w``; a key of :data:`DTYPE_NAMES`.
+        config: the tile.
+        epilogue: what happens to the accumulators.
+        b_order: ``"k"`` if ``w`` lies in memory as ``[N, K]``, ``"n"`` if as
+            ``[K, N]`` (16-bit only).
+        has_row_scale: whether there is a scale of each row, float32.
+        has_col_scale: whether there is a scale of each column, float32.
+    """
+    return _template().render(
+        **dataclasses.asdict(config),
+        name=name,
+        dtype=DTYPE_NAMES[dtype],
+        b_order=b_order,
+        has_row_scale=has_row_scale,
+        has_col_scale=has_col_scale,
+        shared_bytes=SHARED_BYTES,
+        # ptxas gives 168 registers to each of 384 threads; the consumers take what
+        # the producer does not need.
+        consumer_registers=232,
+        producer_registers=40,
+        store="none" if epilogue.out_dtype is None else "tma16",
+        out_dtype="f16" if epilogue.out_dtype == torch.float16 else "bf16",
+        epilogue_code=epilogue.code,
+        epilogue_params="".join(f",\n    {param}" for param in epilogue.params),
+        epilogue_body=epilogue.body,
+        primary0=epilogue.primary0,
+        primary1=epilogue.primary1,
+    )
+
+
+def signature(
+    epilogue: Epilogue, *, has_row_scale: bool = False, has_col_scale: bool = False
+) -> tuple[str, ...]:
+    """Kinds of the arguments before those of the epilogue.
+
+    They are values, w, the output if it is stored through TMA, metadata, the scales,
+    then M, N and K.
+    """
+    maps = 2 if epilogue.out_dtype is None else 3
+    pointers = 1 + has_row_scale + has_col_scale
+    return ("map",) * maps + ("pointer",) * pointers + ("int32",) * 3
+
+
+def map_boxes(
+    dtype: torch.dtype, config: TileConfig, epilogue: Epilogue, b_order: str = "k"
+) -> tuple[dict[str, Any], ...]:
+    """Box (inner, outer) and swizzle in bytes of each tensor map, in argument order.
+
+    ``transposed`` says that the map is of ``w.t()``, which lies in memory row by row.
+    """
+    item = dtype.itemsize
+    values = {"box": (64 // item, config.block_m), "swizzle": 64, "transposed": False}
+    if b_order == "k":
+        box = (128 // item, config.block_n // config.cluster)
+    else:
+        box = (64, 64)
+    w = {"box": box, "swizzle": 128, "transposed": b_order == "k"}
+    out = {"box": (64, 64), "swizzle": 128, "transposed": False}
+    return (values, w) if epilogue.out_dtype is None else (values, w, out)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False
+    ).from_string(templates.load("cuda/sparse24_mm.cu.jinja"))
