@@ -57,9 +57,9 @@ HELP: dict[str, str] = {
         "dense."
     ),
     "max_dropped_energy": (
-        "A site whose planned 2:4 loss (the fraction of the activation's sum of squares "
-        "that is dropped) is above this is not rewritten to 2:4; its root is about the "
-        "relative error of the product."
+        "A site whose planned 2:4 loss (the part of the activation's sum of squares "
+        "that is dropped) is above this is not rewritten to 2:4; the root of it is "
+        "about the relative error of the product."
     ),
     "quantize": (
         "Run both matmuls of a ReLU² or ReLU FFN in 8 bits where a device has kernels "
