@@ -375,12 +375,12 @@ _CUDA = re.compile(r"(\w+) = CudaKernel\(\s*'\w+',\s*r'''(.*?)'''", re.S)
 
 
 def _triton_sources(code: str) -> dict[str, str]:
-    return {name: source for name, source in _TRITON.findall(code)}
+    return dict(_TRITON.findall(code))
 
 
 def cuda_sources(code: str) -> dict[str, str]:
     """The CUDA C++ text of each kernel in a wrapper, by the name it has there."""
-    return {name: source for name, source in _CUDA.findall(code)}
+    return dict(_CUDA.findall(code))
 
 
 @dataclasses.dataclass(frozen=True)
