@@ -5,7 +5,8 @@ kernel of each op is its eager definition from :mod:`inductor_sparse.reference`,
 the ``CompositeExplicitAutograd`` key: one registered for ``CPU`` or ``CUDA`` wins.
 
 Gradients are those of the dense product, so that training is not changed by a rewrite.
-``sparsify24`` and ``sparse24_mm`` have none, and say so when one is asked for.
+The 2:4 ops and ``quantize_rows`` have none, and say so when one is asked for: what they
+drop is lost to a gradient too, and training through them would be another model.
 
 Shape legend: as in :mod:`inductor_sparse.reference`.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import formats, reference
-from inductor_sparse.errors import SparseError
+from inductor_sparse.errors import SparseError, SparseShapeError
 
 NAMESPACE = "inductor_sparse"
 
@@ -35,10 +36,23 @@ SCHEMAS: dict[str, str] = {
         "ScalarType dtype) -> Tensor"
     ),
     "site_counters": "(Tensor anchor, str site) -> Tensor",
-    "sparsify24": "(Tensor x, str activation, str select) -> (Tensor, Tensor)",
+    "site_energy": "(Tensor anchor, str site) -> Tensor",
+    "sparsify24": (
+        "(Tensor x, str activation, str select, Tensor? energy=None) "
+        "-> (Tensor, Tensor)"
+    ),
+    "sparsify24_quantized": (
+        "(Tensor x, str activation, str select, ScalarType dtype, "
+        "Tensor? energy=None) -> (Tensor, Tensor, Tensor)"
+    ),
+    "linear_sparsify24": (
+        "(Tensor x, Tensor w1, Tensor? bias, str activation, str select, "
+        "Tensor? energy=None) -> (Tensor, Tensor)"
+    ),
+    "quantize_rows": "(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     "sparse24_mm": (
         "(Tensor values, Tensor metadata, Tensor w, Tensor? row_scale=None, "
-        "Tensor? col_scale=None) -> Tensor"
+        "Tensor? col_scale=None, *, ScalarType? out_dtype=None) -> Tensor"
     ),
 }
 """The schema of each op, without its name."""
@@ -46,6 +60,14 @@ SCHEMAS: dict[str, str] = {
 COUNTERS = ("calls", "dense_calls", "kept", "elements")
 """What a kernel counts of its site: its calls, those too dense to skip, and over all of
 them the activations that were not zero and all activations."""
+
+ENERGY = ("kept", "total")
+"""What a kernel that selects 2:4 sums of its site, in float64: the squares of the kept
+and of all activated values.  Their ratio is the share of the energy that survives."""
+
+ENERGY_SLOTS = 256
+"""Rows of a tensor of energies.  Program ``i`` of a kernel adds to row ``i %`` this
+number, so that its atomics rarely meet; the sum over the rows is what counts."""
 
 
 def activation_spmm(
@@ -78,17 +100,104 @@ def site_counters(anchor: Tensor, site: str) -> Tensor:
     return anchor.new_zeros(len(COUNTERS), dtype=torch.int64)
 
 
-def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
+def site_energy(anchor: Tensor, site: str) -> Tensor:
+    """Energies of a site: ``[ENERGY_SLOTS, len(ENERGY)]`` float64; new ones every call.
+
+    A kernel for a device keeps them per site.  ``anchor`` is any input of the graph on
+    the device they belong on: it keeps constant folding away.
+    """
+    return anchor.new_zeros((ENERGY_SLOTS, len(ENERGY)), dtype=torch.float64)
+
+
+def check_energy(op: str, energy: Tensor | None) -> None:
+    """Raise :class:`SparseShapeError` unless it is None or fit to be added to."""
+    if energy is None:
+        return
+    reference.check_shape(op, "energy", energy, ENERGY_SLOTS, len(ENERGY))
+    if energy.dtype != torch.float64:
+        raise SparseShapeError(
+            f"{op}: energy is {energy.dtype}, expected torch.float64; take it from "
+            f"torch.ops.{NAMESPACE}.site_energy"
+        )
+
+
+def sparsify24(
+    x: Tensor, activation: str, select: str, energy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Select two of every four values of ``act(x)`` and pack them.
 
     The selection is that of :func:`inductor_sparse.reference.sparsify24`, the result
     the ``(values, metadata)`` of :mod:`inductor_sparse.formats`.
 
+    Args:
+        x: as there.
+        activation: as there.
+        select: as there.
+        energy: from ``site_energy``: a kernel for a device adds to it, the eager
+            definition sums nothing.
+
     Raises:
         SparseShapeError: not 2-D, dtype not supported, or an unknown name.
     """
+    check_energy("sparsify24", energy)
     values, index = reference.sparsify24(x, activation, select)
     return values, formats.pack_index(index, x.dtype)
+
+
+def sparsify24_quantized(
+    x: Tensor,
+    activation: str,
+    select: str,
+    dtype: torch.dtype,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select two of every four values of ``act(x)``, quantize them by rows, and pack.
+
+    See :func:`inductor_sparse.reference.sparsify24_quantized` for the meaning, and
+    :func:`sparsify24` for ``energy``.
+
+    Returns:
+        ``(values [M, S] of dtype, metadata, row_scale [M] float32)``.
+
+    Raises:
+        SparseShapeError: not 2-D, dtype not supported, or an unknown name.
+    """
+    check_energy("sparsify24_quantized", energy)
+    values, index, row_scale = reference.sparsify24_quantized(
+        x, activation, select, dtype
+    )
+    return values, formats.pack_index(index, dtype), row_scale
+
+
+def linear_sparsify24(
+    x: Tensor,
+    w1: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sparsify24(linear(x, w1, bias), activation, select)``, by definition.
+
+    The linear layer is rounded to its dtype before the activation.  Its rounding
+    differs between kernels, and where that makes or breaks a tie so does the selection.
+
+    Args:
+        x: ``[M, D]``, one of DTYPES, any strides.
+        w1: ``[K, D]``, same dtype, any strides.
+        bias: ``[K]``, same dtype, or None.
+        activation: as for :func:`sparsify24`.
+        select: as for :func:`sparsify24`.
+        energy: as for :func:`sparsify24`.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit, or an unknown name.
+    """
+    reference.check_linear_sparsify24(x, w1, bias, activation, select)
+    z_MK = torch.nn.functional.linear(x, w1, bias)
+    # Through the dispatcher: a device may have a kernel for this half alone.
+    op = torch.ops.inductor_sparse.sparsify24
+    return op(z_MK, activation, select, energy)
 
 
 def sparse24_mm(
@@ -97,6 +206,8 @@ def sparse24_mm(
     w: Tensor,
     row_scale: Tensor | None = None,
     col_scale: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Multiply a packed 2:4 operand by ``w [K, N]``; ``K`` is taken from ``w``.
 
@@ -105,9 +216,9 @@ def sparse24_mm(
     Raises:
         SparseShapeError: shapes or dtypes do not fit.
     """
-    reference.check_sparse24_mm(values, w, row_scale, col_scale)
+    reference.check_sparse24_mm(values, w, row_scale, col_scale, out_dtype)
     dense = formats.unpack(values, metadata, w.shape[0])
-    return reference.sparse24_mm(dense, w, row_scale, col_scale)
+    return reference.sparse24_mm(dense, w, row_scale, col_scale, out_dtype=out_dtype)
 
 
 def _fake_activation_spmm(
@@ -138,11 +249,53 @@ def _fake_row_major_weight(
     return weight.new_empty(size, dtype=dtype)
 
 
-def _fake_sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
-    reference.check_sparsify24(x, activation, select)
-    values = x.new_empty(formats.values_shape(*x.shape))
-    metadata = x.new_empty(formats.metadata_shape(*x.shape), dtype=torch.int32)
+def _new_packed(
+    x: Tensor, rows: int, features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Uninitialized ``(values, metadata)`` on the device of ``x``."""
+    values = x.new_empty(formats.values_shape(rows, features), dtype=dtype)
+    metadata = x.new_empty(formats.metadata_shape(rows, features), dtype=torch.int32)
     return values, metadata
+
+
+def _fake_sparsify24(
+    x: Tensor, activation: str, select: str, energy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    check_energy("sparsify24", energy)
+    reference.check_sparsify24(x, activation, select)
+    return _new_packed(x, *x.shape, x.dtype)
+
+
+def _fake_sparsify24_quantized(
+    x: Tensor,
+    activation: str,
+    select: str,
+    dtype: torch.dtype,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_energy("sparsify24_quantized", energy)
+    reference.check_sparsify24_quantized(x, activation, select, dtype)
+    row_scale = x.new_empty(x.shape[0], dtype=torch.float32)
+    return *_new_packed(x, *x.shape, dtype), row_scale
+
+
+def _fake_linear_sparsify24(
+    x: Tensor,
+    w1: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_energy("linear_sparsify24", energy)
+    reference.check_linear_sparsify24(x, w1, bias, activation, select)
+    return _new_packed(x, x.shape[0], w1.shape[0], x.dtype)
+
+
+def _fake_quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    reference.check_quantize_rows(x, dtype)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), scale
 
 
 def _fake_sparse24_mm(
@@ -151,10 +304,13 @@ def _fake_sparse24_mm(
     w: Tensor,
     row_scale: Tensor | None = None,
     col_scale: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    reference.check_sparse24_mm(values, w, row_scale, col_scale)
+    reference.check_sparse24_mm(values, w, row_scale, col_scale, out_dtype)
     formats.check_packed(values, metadata, w.shape[0])
-    return values.new_empty(values.shape[0], w.shape[1])
+    dtype = reference.result_dtype24(values.dtype, out_dtype)
+    return values.new_empty((values.shape[0], w.shape[1]), dtype=dtype)
 
 
 def _activation_gradient(grad_a: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -333,5 +489,12 @@ _register(
     _row_major_weight_backward,
     _save_row_major_weight,
 )
-_register("sparsify24", sparsify24, _fake_sparsify24, _no_gradient("sparsify24"))
-_register("sparse24_mm", sparse24_mm, _fake_sparse24_mm, _no_gradient("sparse24_mm"))
+for _eager, _fake in (
+    (site_energy, site_energy),
+    (sparsify24, _fake_sparsify24),
+    (sparsify24_quantized, _fake_sparsify24_quantized),
+    (linear_sparsify24, _fake_linear_sparsify24),
+    (reference.quantize_rows, _fake_quantize_rows),
+    (sparse24_mm, _fake_sparse24_mm),
+):
+    _register(_eager.__name__, _eager, _fake, _no_gradient(_eager.__name__))
