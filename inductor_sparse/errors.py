@@ -15,6 +15,10 @@ class SparseShapeError(SparseError, ValueError):
     """A tensor given to an op has a shape or dtype that the op does not define."""
 
 
+class SparseKernelError(SparseError, RuntimeError):
+    """A GPU kernel cannot be compiled, loaded, given its arguments or launched."""
+
+
 class SparsePlanError(SparseError, ValueError):
     """A plan file cannot be read, or was made for another model."""
 
