@@ -1,0 +1,117 @@
+"""Inputs to try a ``sparse24_mm`` kernel with, and whether its result is right.
+
+A candidate whose result is wrong must lose whatever its time is.  The oracle is the
+masked-dense product in float64 of one row of every block of 64 and of the first and
+last rows, all columns: it meets every tile at a small part of the product's cost.
+
+Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction, ``S`` packed reduction, ``R``
+and ``C`` blocks of 64 rows and of 64 columns of the packed operand, ``P`` rows looked
+at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inductor_sparse import formats
+from inductor_sparse.formats import BLOCK
+
+_PAIRS = tuple(i0 | i1 << 2 for i0 in range(4) for i1 in range(i0 + 1, 4))
+"""Every valid nibble: two positions, ascending."""
+
+_EDGE_ROWS = 128
+_STRIDE = 17
+"""Neighbouring blocks are met at rows this far apart, so at all lanes of a warp."""
+
+_CHUNK_ROWS, _CHUNK_COLUMNS = 64 * BLOCK, 4096
+
+_SUM_TOLERANCE = 2.0**-8
+"""Of sums of products of 8 bits, which Hopper adds with 14 bits of mantissa."""
+
+
+def random_metadata(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """``[R, C, 128]`` int32 words of valid pairs; any other is undefined behaviour."""
+    pairs = torch.tensor(_PAIRS, dtype=torch.int32, device=device)
+    drawn = torch.randint(len(_PAIRS), (*shape, 8), dtype=torch.uint8, device=device)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=device)
+    return (pairs[drawn.int()] << shifts).sum(-1, dtype=torch.int32)
+
+
+def random_values(
+    shape: tuple[int, int], K: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``[M, S]`` values like those of a ReLU² layer, zero beyond column ``K``."""
+    if dtype == torch.int8:
+        values = torch.randint(0, 128, shape, dtype=dtype, device=device)
+    else:
+        values = torch.randn(shape, device=device).relu_().square_().to(dtype)
+    values[:, -(-K // 4) * 2 :] = 0
+    return values
+
+
+def random_weight(like: Tensor) -> Tensor:
+    """``like`` with random values: its shape, strides and dtype."""
+    drawn = (
+        torch.randint(-127, 128, like.shape, device=like.device)
+        if like.dtype == torch.int8
+        else torch.randn(like.shape, device=like.device)
+    )
+    return like.copy_(drawn)
+
+
+def sample_rows(M: int) -> Tensor:
+    """The rows to look at, ascending: one of each block of 64, and the edges."""
+    blocks = torch.arange(-(-M // BLOCK))
+    spread = blocks * BLOCK + blocks * _STRIDE % BLOCK
+    edges = torch.arange(min(M, _EDGE_ROWS))
+    rows = torch.cat((spread.clamp(max=M - 1), edges, M - 1 - edges))
+    return rows.unique()
+
+
+def expected_rows(
+    rows: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    w: Tensor,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+) -> Tensor:
+    """``[P, N]`` float64: those rows of the masked-dense product."""
+    dense_PK = torch.cat(
+        [
+            _unpacked_rows(rows, first, values, metadata, w.shape[0])
+            for first in range(0, values.shape[0], _CHUNK_ROWS)
+        ]
+    )
+    parts = [dense_PK @ part.double() for part in w.split(_CHUNK_COLUMNS, dim=1)]
+    product = torch.cat(parts, dim=1)
+    if row_scale is not None:
+        product *= row_scale.double()[rows.to(values.device)].unsqueeze(1)
+    if col_scale is not None:
+        product *= col_scale.double()
+    return product
+
+
+def _unpacked_rows(
+    rows: Tensor, first: int, values: Tensor, metadata: Tensor, K: int
+) -> Tensor:
+    """Those of ``rows`` that lie in the chunk that starts at ``first``, dense."""
+    part = values[first : first + _CHUNK_ROWS]
+    end = first + part.shape[0]
+    words = metadata[first // BLOCK : -(-end // BLOCK)]
+    inside = rows[(rows >= first) & (rows < end)] - first
+    dense = formats.unpack(part, words, K)
+    return dense[inside.to(values.device)].double()
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Largest error as a fraction of the largest expected value; NaN counts as inf."""
+    scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    error = (result.double() - expected).abs().max() / scale
+    return float(torch.nan_to_num(error, nan=float("inf")))
+
+
+def tolerance(out_dtype: torch.dtype) -> float:
+    """What :func:`relative_error` may be for a result of ``out_dtype``."""
+    return torch.finfo(out_dtype).eps + _SUM_TOLERANCE
