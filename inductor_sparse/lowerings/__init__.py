@@ -6,10 +6,15 @@ from __future__ import annotations
 # only closes when it is entered here.
 import torch._inductor.lowering  # noqa: F401
 
-from inductor_sparse.lowerings import activation_spmm, glu_spmm, kept_tensors
+from inductor_sparse.lowerings import (
+    activation_spmm,
+    glu_spmm,
+    kept_tensors,
+    quantize_rows,
+)
 
 
 def register_all() -> None:
     """Register every lowering with Inductor; calling it again changes nothing."""
-    for lowering in (activation_spmm, glu_spmm, kept_tensors):
+    for lowering in (activation_spmm, glu_spmm, kept_tensors, quantize_rows):
         lowering.register()
