@@ -72,8 +72,9 @@ class TileConfig:
         )
         ring = -(-self.stages * stage // 1024) * 1024
         store = self.consumers * self.store_buffers * _STORE_BYTES
+        scales = self.consumers * self.block_n * 4  # of the columns, if there are any
         barriers, alignment = 16 * self.stages, 1024
-        return ring + store + barriers + alignment
+        return ring + store + scales + barriers + alignment
 
     def __str__(self) -> str:
         """As in ``128x256 cluster 2 stages 5``."""
@@ -87,8 +88,8 @@ _CONFIGS: dict[int, tuple[TileConfig, ...]] = {
         TileConfig(),
         TileConfig(m64=2, block_n=128, stages=6),
         TileConfig(block_n=192, stages=6),
-        TileConfig(block_n=128, stages=8, store_buffers=2),
-        TileConfig(block_n=128, stages=8, store_buffers=2, cluster=1),
+        TileConfig(block_n=128, stages=7, store_buffers=2),
+        TileConfig(block_n=128, stages=7, store_buffers=2, cluster=1),
         TileConfig(block_n=64, stages=10, store_buffers=1, cluster=1),
     ),
     1: (
