@@ -1,6 +1,7 @@
 """``activation_spmm`` on a CPU: a C++ template with Inductor's epilogues in it.
 
-Elsewhere, and for dtypes the template does not know, the op itself runs.
+On a GPU it is :mod:`inductor_sparse.lowerings.activation_spmm_cuda`.  Elsewhere, and
+for dtypes the templates do not know, the op itself runs.
 
 Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` outputs.
 """
@@ -14,7 +15,7 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.select_algorithm import realize_inputs
 
 from inductor_sparse import profitability
-from inductor_sparse.lowerings import common
+from inductor_sparse.lowerings import activation_spmm_cuda, common
 from inductor_sparse.lowerings.spmm_template import SpmmTemplate
 
 OP = common.op("activation_spmm")
@@ -27,6 +28,8 @@ def tuned_activation_spmm(
     counters: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     """Lower ``activation_spmm``; a batch becomes the rows of one product."""
+    if activation_spmm_cuda.takes(z, w):
+        return activation_spmm_cuda.product(z, w, activation)
     if not common.has_cpp_kernel(z, w):
         return common.fallback(OP)(z, w, activation)
     if len(z.get_size()) == 2:

@@ -1,6 +1,7 @@
 """``glu_spmm`` on a CPU: up and down projections of active neurons in one kernel.
 
-Elsewhere, and for dtypes the template does not know, the op itself runs.
+On a GPU it is :mod:`inductor_sparse.lowerings.glu_spmm_cuda`.  Elsewhere, and for
+dtypes the templates do not know, the op itself runs.
 
 Shape legend: ``M`` rows (tokens), ``D`` input features, ``F`` neurons, ``N`` outputs.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 from torch._inductor import ir
 from torch._inductor.select_algorithm import realize_inputs
 
-from inductor_sparse.lowerings import common
+from inductor_sparse.lowerings import activation_spmm_cuda, common, glu_spmm_cuda
 from inductor_sparse.lowerings.spmm_template import SpmmTemplate
 
 OP = common.op("glu_spmm")
@@ -25,6 +26,8 @@ def tuned_glu_spmm(
 ) -> ir.TensorBox:
     """Lower ``glu_spmm``: ``gate [M, F], x [M, D], w_up [F, D], w_down [F, N]``."""
     tensors = (gate, x, w_up, w_down)
+    if activation_spmm_cuda.takes(*tensors):
+        return glu_spmm_cuda.product(gate, x, w_up, w_down, activation)
     if not common.has_cpp_kernel(*tensors):
         return common.fallback(OP)(*tensors, activation)
     inputs = [common.require_contiguous(t) for t in realize_inputs(*tensors)]

@@ -1,0 +1,95 @@
+"""``glu_spmm`` of few tokens on a GPU: two Triton kernels.
+
+The first computes the hidden values, reading only rows of ``w_up`` whose gate is open
+for one of the tokens; the second is ``activation_spmm`` of the result, which skips the
+neurons that are zero for whatever reason.
+
+Shape legend: ``M`` rows (tokens), ``D`` input features, ``F`` neurons, ``N`` outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    TritonTemplate,
+    realize_inputs,
+)
+
+from inductor_sparse.lowerings import activation_spmm_cuda
+
+
+@dataclasses.dataclass(frozen=True)
+class UpTile:
+    """How the hidden values are cut into programs; the names are the template's."""
+
+    BM: int
+    LOCAL: int
+    ROWS: int
+    BD: int
+    STAGES: int
+    num_warps: int
+
+
+def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
+    """The tile for ``tokens`` rows, or for an unknown number of them (None)."""
+    most = activation_spmm_cuda.MAX_BLOCK_M
+    power_of_2 = activation_spmm_cuda.power_of_2
+    block = most if tokens is None else min(most, power_of_2(tokens))
+    features = (1024 if block == 1 else 256) * 2 // dtype.itemsize
+    return UpTile(
+        BM=block,
+        LOCAL=32,
+        ROWS=4 if block == 1 else 16,
+        BD=max(16, min(features, power_of_2(D))),
+        STAGES=1,
+        num_warps=4,
+    )
+
+
+@SymbolicGridFn
+def _grid(m: Any, f: Any, meta: Any, *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(f, meta["LOCAL"]), cdiv(m, meta["BM"]), 1)
+
+
+def helper_text() -> str:
+    """The functions of the first kernel: plain Triton, nothing of Inductor in it."""
+    return activation_spmm_cuda.text("glu_spmm_helpers")
+
+
+TEMPLATE = TritonTemplate(
+    name="glu_spmm_up",
+    grid=_grid,
+    source=activation_spmm_cuda.text("glu_spmm_up", "glu_spmm_helpers"),
+)
+
+
+def product(
+    gate: ir.TensorBox,
+    x: ir.TensorBox,
+    w_up: ir.TensorBox,
+    w_down: ir.TensorBox,
+    activation: str,
+) -> ir.TensorBox:
+    """The result ``[M, N]``; shapes as :func:`inductor_sparse.reference.glu_spmm`."""
+    gate, x, w_up = inputs = realize_inputs(gate, x, w_up)
+    M, F = gate.get_size()
+    dtype = gate.get_dtype()
+    tokens = activation_spmm_cuda.static_size(M)
+    features = activation_spmm_cuda.size_hint(w_up.get_size()[1])
+    tile = choose_up_tile(tokens, features, dtype)
+    layout = ir.FixedLayout(gate.get_device(), dtype, [M, F])
+    hidden = activation_spmm_cuda.choose(
+        TEMPLATE,
+        inputs,
+        layout,
+        ACTIVATION=repr(activation),
+        DOT_DTYPE=activation_spmm_cuda.DOT_DTYPES[dtype],
+        num_stages=tile.STAGES,
+        **dataclasses.asdict(tile),
+    )
+    return activation_spmm_cuda.product(hidden, w_down, "identity")
