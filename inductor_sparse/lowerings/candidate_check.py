@@ -11,6 +11,8 @@ at.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,34 +32,47 @@ _SUM_TOLERANCE = 2.0**-8
 """Of sums of products of 8 bits, which Hopper adds with 14 bits of mantissa."""
 
 
-def random_metadata(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+def generator(device: torch.device) -> torch.Generator:
+    """Of numbers that are the same every time; the model's own are left alone."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def random_metadata(
+    shape: tuple[int, int, int], device: torch.device, draw: torch.Generator
+) -> Tensor:
     """``[R, C, 128]`` int32 words of valid pairs; any other is undefined behaviour."""
     pairs = torch.tensor(_PAIRS, dtype=torch.int32, device=device)
-    drawn = torch.randint(len(_PAIRS), (*shape, 8), dtype=torch.uint8, device=device)
+    like: dict[str, Any] = {"dtype": torch.uint8, "device": device}
+    drawn = torch.randint(len(_PAIRS), (*shape, 8), generator=draw, **like)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=device)
     return (pairs[drawn.int()] << shifts).sum(-1, dtype=torch.int32)
 
 
 def random_values(
-    shape: tuple[int, int], K: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int],
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    draw: torch.Generator,
 ) -> Tensor:
     """``[M, S]`` values like those of a ReLU² layer, zero beyond column ``K``."""
     if dtype == torch.int8:
-        values = torch.randint(0, 128, shape, dtype=dtype, device=device)
+        values = torch.randint(
+            0, 128, shape, dtype=dtype, device=device, generator=draw
+        )
     else:
-        values = torch.randn(shape, device=device).relu_().square_().to(dtype)
+        wide = torch.randn(shape, device=device, generator=draw)
+        values = wide.relu_().square_().to(dtype)
     values[:, -(-K // 4) * 2 :] = 0
     return values
 
 
-def random_weight(like: Tensor) -> Tensor:
-    """``like`` with random values: its shape, strides and dtype."""
-    drawn = (
-        torch.randint(-127, 128, like.shape, device=like.device)
-        if like.dtype == torch.int8
-        else torch.randn(like.shape, device=like.device)
-    )
-    return like.copy_(drawn)
+def random_weight(like: Tensor, draw: torch.Generator) -> Tensor:
+    """``like`` filled with random values; its shape, strides and dtype stay."""
+    at: dict[str, Any] = {"device": like.device, "generator": draw}
+    if like.dtype == torch.int8:
+        return like.copy_(torch.randint(-127, 128, like.shape, **at))
+    return like.copy_(torch.randn(like.shape, **at))
 
 
 def sample_rows(M: int) -> Tensor:

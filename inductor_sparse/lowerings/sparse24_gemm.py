@@ -78,6 +78,11 @@ def fetchable(w: Tensor) -> tuple[Tensor, str]:
     return copy.copy_(w.t()).t(), "k"
 
 
+def stores_through_tma(out_dtype: torch.dtype, N: int) -> bool:
+    """Whether TMA can store a row-major result: 16 bits, rows of 16 bytes or more."""
+    return out_dtype.itemsize == 2 and N % 8 == 0
+
+
 @functools.lru_cache(maxsize=256)
 def plain_kernel(
     dtype: torch.dtype,
@@ -131,7 +136,7 @@ def launch(
     """
     (K, N), M = w.shape, values.shape[0]
     b_order = weight_order(w.shape, w.stride(), w.element_size())
-    tma_store = out.element_size() == 2 and N % 8 == 0
+    tma_store = stores_through_tma(out.dtype, N)
     kernel = plain_kernel(
         values.dtype,
         out.dtype,

@@ -14,6 +14,8 @@ and ``C`` blocks of 64 rows and of 64 columns of the packed operand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._inductor.select_algorithm import ExternKernelChoice
@@ -236,10 +238,28 @@ def cutlass(
     return _scaled(product[:M], row_scale, col_scale, out)
 
 
-def _extern(kernel: object, name: str) -> ExternKernelChoice:
-    """A choice called ``extern_kernels.inductor_sparse_<name>`` in generated code."""
+def _extern(kernel: Callable[..., Tensor], name: str) -> ExternKernelChoice:
+    """A choice called ``extern_kernels.inductor_sparse_<name>`` in generated code.
+
+    Generated code passes those scales there are, and says which by ``row`` and ``col``.
+    """
+
+    def call(
+        values: Tensor,
+        metadata: Tensor,
+        w: Tensor,
+        *scales: Tensor,
+        row: bool = False,
+        col: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        given = iter(scales)
+        row_scale = next(given) if row else None
+        col_scale = next(given) if col else None
+        return kernel(values, metadata, w, row_scale, col_scale, out_dtype=out_dtype)
+
     made = f"inductor_sparse_{name}"
-    return ExternKernelChoice(kernel, name=made, has_out_variant=False)
+    return ExternKernelChoice(call, name=made, has_out_variant=False)
 
 
 MASKED_DENSE = _extern(masked_dense, "masked_dense")
