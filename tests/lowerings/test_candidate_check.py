@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from inductor_sparse import formats
+from inductor_sparse.lowerings import candidate_check as check
+
+CPU = torch.device("cpu")
+Operands = tuple[Tensor, Tensor, Tensor]
+
+
+def operands(M: int, N: int, K: int) -> Operands:
+    draw = check.generator(CPU)
+    shape = formats.values_shape(M, K)
+    values = check.random_values(shape, K, torch.bfloat16, CPU, draw)
+    metadata = check.random_metadata(formats.metadata_shape(M, K), CPU, draw)
+    w = check.random_weight(torch.empty(N, K, dtype=torch.bfloat16).t(), draw)
+    return values, metadata, w
+
+
+def test_metadata_is_valid_and_the_same_each_time() -> None:
+    shape = (3, 2, 128)
+    metadata = check.random_metadata(shape, CPU, check.generator(CPU))
+    index = formats.unpack_index(metadata, 192, torch.bfloat16)
+    assert (index[:, 0::2] < index[:, 1::2]).all()
+    assert index.unique().tolist() == [0, 1, 2, 3]
+    again = check.random_metadata(shape, CPU, check.generator(CPU))
+    assert torch.equal(metadata, again)
+
+
+def test_drawing_leaves_the_generator_of_the_model_alone() -> None:
+    before = torch.get_rng_state()
+    operands(64, 8, 64)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_values_beyond_the_reduction_are_zero(dtype: torch.dtype) -> None:
+    values = check.random_values((64, 64), 70, dtype, CPU, check.generator(CPU))
+    assert values[:, :36].float().count_nonzero() > 64
+    assert values[:, 36:].float().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("M", [1, 63, 64, 200, 5000])
+def test_every_block_of_rows_is_met(M: int) -> None:
+    rows = check.sample_rows(M)
+    assert rows.unique().equal(rows)
+    assert rows.max() == M - 1
+    assert set((rows // 64).tolist()) == set(range(-(-M // 64)))
+    assert len(rows) <= 2 * 128 + -(-M // 64)
+
+
+@pytest.mark.parametrize("M", [100, 4200])
+def test_the_expected_rows_are_those_of_the_product(M: int) -> None:
+    values, metadata, w = operands(M, 24, 100)
+    rows = check.sample_rows(M)
+    row_scale, col_scale = torch.rand(M), torch.rand(24)
+    found = check.expected_rows(rows, values, metadata, w, row_scale, col_scale)
+    dense = formats.unpack(values, metadata, 100).double() @ w.double()
+    scaled = dense * row_scale.double()[:, None] * col_scale.double()
+    torch.testing.assert_close(found, scaled[rows], rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_tile_is_found() -> None:
+    values, metadata, w = operands(512, 256, 256)
+    rows = check.sample_rows(512)
+    expected = check.expected_rows(rows, values, metadata, w)
+    product = formats.unpack(values, metadata, 256).float() @ w.float()
+    right = product.bfloat16()
+    allowed = check.tolerance(torch.bfloat16)
+    assert check.relative_error(right[rows], expected) < allowed / 2
+    wrong = right.clone()
+    wrong[320:384, 64:128] = product[256:320, 64:128].bfloat16()
+    assert check.relative_error(wrong[rows], expected) > 10 * allowed
+
+
+def test_a_forgotten_step_is_found() -> None:
+    values, metadata, w = operands(128, 256, 4096)
+    rows = check.sample_rows(128)
+    expected = check.expected_rows(rows, values, metadata, w)
+    short = check.expected_rows(rows, values[:, :-32], metadata[:, :-1], w[:-64])
+    allowed = check.tolerance(torch.bfloat16)
+    assert check.relative_error(short, expected) > 3 * allowed
+
+
+def test_nan_is_an_infinite_error() -> None:
+    expected = torch.ones(2, 2, dtype=torch.float64)
+    result = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])
+    assert check.relative_error(result, expected) == float("inf")

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inductor_sparse.lowerings import sparse24_kernel, tile_model
+
+HALF, BYTE = torch.bfloat16, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("dtype", list(sparse24_kernel.DTYPE_NAMES))
+def test_every_tile_fits_a_multiprocessor(dtype: torch.dtype) -> None:
+    for tile in tile_model.tiles(dtype):
+        needed = tile.shared_bytes(dtype.itemsize)
+        assert needed <= sparse24_kernel.SHARED_BYTES, tile
+        assert tile.accumulators <= 128, tile
+
+
+def test_in_n_order_a_cluster_can_share_out_the_boxes() -> None:
+    wide = tile_model.tiles(HALF, "k")
+    narrow = tile_model.tiles(HALF, "n")
+    assert set(narrow) < set(wide)
+    dropped = [tile for tile in wide if tile not in narrow]
+    assert {tile.block_n for tile in dropped} == {192}
+
+
+def test_there_is_no_tile_for_float32() -> None:
+    with pytest.raises(KeyError, match="float32"):
+        tile_model.tiles(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BYTE])
+@pytest.mark.parametrize("M", [2048, 4096, 8192, 32768])
+def test_large_products_take_the_large_tile(M: int, dtype: torch.dtype) -> None:
+    tile = tile_model.best_tile(M, 4096, 16384, dtype, "k", 132)
+    assert (tile.block_m, tile.block_n, tile.cluster) == (128, 256, 2)
+
+
+def test_tiles_shrink_when_multiprocessors_would_be_idle() -> None:
+    # 64 tiles of 128 x 256 would leave half of 132 multiprocessors without one.
+    tile = tile_model.best_tile(512, 4096, 16384, HALF, "k", 132)
+    assert (tile.block_m, tile.block_n) == (128, 128)
+
+
+def test_a_round_more_is_counted() -> None:
+    tile = tile_model.tiles(HALF)[0]
+    columns = 66 * tile.block_n
+    assert tile_model.rounds(tile, 256, columns, 132) == 1
+    assert tile_model.rounds(tile, 256, columns + 1, 132) == 2
+    assert tile_model.rounds(tile, 257, columns, 132) == 2
+
+
+def test_time_grows_with_the_reduction() -> None:
+    tile = tile_model.tiles(HALF)[0]
+
+    def seconds(K: int, itemsize: int) -> float:
+        return tile_model.expected_seconds(tile, 4096, 4096, K, itemsize, 132)
+
+    assert seconds(16384, 2) > 1.9 * seconds(8192, 2)
+    assert seconds(16384, 1) == seconds(8192, 2)
+
+
+def test_the_rate_is_below_what_the_multiprocessors_can_do() -> None:
+    tile = tile_model.tiles(HALF)[0]
+    seconds = tile_model.expected_seconds(tile, 8192, 8192, 8192, 2, 132)
+    assert 0.9e15 < 2 * 8192**3 / seconds < 1.4e15

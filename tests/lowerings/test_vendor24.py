@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from inductor_sparse import formats, reference
+from inductor_sparse.lowerings import candidate_check, vendor24
+
+CPU = torch.device("cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+
+
+def packed(M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    draw = candidate_check.generator(CPU)
+    values = candidate_check.random_values(
+        formats.values_shape(M, K), K, dtype, CPU, draw
+    )
+    shape = formats.metadata_shape(M, K)
+    return values, candidate_check.random_metadata(shape, CPU, draw)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("M, K", [(64, 64), (192, 320)])
+def test_cutlass_reads_the_words_in_its_order(
+    M: int, K: int, dtype: torch.dtype
+) -> None:
+    values, metadata = packed(M, K, dtype)
+    words = vendor24.cutlass_metadata(metadata, dtype)
+    assert words.dtype == (torch.int32 if dtype == torch.int8 else torch.int16)
+    # Torch's own conversion undoes the order in which CUTLASS stores its words.
+    dense = sparse_semi_structured_to_dense_cutlass(values, words)
+    assert torch.equal(dense, formats.unpack(values, metadata, K))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_masked_dense_product_is_the_op(dtype: torch.dtype, scaled: bool) -> None:
+    M, K, N = 70, 100, 24
+    values, metadata = packed(M, K, dtype)
+    w = candidate_check.random_weight(
+        torch.empty(N, K, dtype=dtype).t(), candidate_check.generator(CPU)
+    )
+    scales = (torch.rand(M) + 0.5, torch.rand(N) + 0.5) if scaled else (None, None)
+    found = vendor24.masked_dense(values, metadata, w, *scales)
+    assert found.dtype == reference.result_dtype24(dtype, None)
+    rows = torch.arange(M)
+    expected = candidate_check.expected_rows(rows, values, metadata, w, *scales)
+    error = candidate_check.relative_error(found, expected)
+    assert error < torch.finfo(found.dtype).eps
+
+
+def test_scales_are_applied_before_rounding() -> None:
+    product = torch.tensor([[3.0, 5.0]], dtype=torch.float32)
+    scaled = vendor24._scaled(
+        product, torch.tensor([2.0]), torch.tensor([1.0, 0.5]), torch.bfloat16
+    )
+    assert scaled.dtype == torch.bfloat16
+    assert scaled.tolist() == [[6.0, 5.0]]
+
+
+REFUSALS = [
+    (torch.bfloat16, torch.float32, 64, False, "gives no torch.bfloat16 product"),
+    (torch.bfloat16, torch.bfloat16, 64, True, "gives no torch.bfloat16 product"),
+    (torch.bfloat16, torch.bfloat16, 12, False, "multiple of 8, not 12"),
+    (torch.int8, torch.bfloat16, 24, True, "multiple of 16, not 24"),
+    (torch.float32, torch.float32, 64, False, "does not multiply torch.float32"),
+    (torch.float16, torch.float16, 64, False, None),
+    (torch.int8, torch.bfloat16, 64, True, None),
+]
+
+
+@pytest.mark.parametrize("dtype, out, N, scaled, reason", REFUSALS)
+@pytest.mark.parametrize("kernel", ["cutlass", "cusparselt"])
+def test_refusals_name_the_obstacle(
+    kernel: str,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    N: int,
+    scaled: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    refusal = getattr(vendor24, f"{kernel}_refusal")(dtype, out, N, scaled=scaled)
+    if reason is None:
+        assert refusal is None
+    else:
+        assert reason in str(refusal)
+
+
+def test_no_cusparselt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    half = torch.float16
+    refusal = vendor24.cusparselt_refusal(half, half, 64, scaled=False)
+    assert refusal == "torch has no cuSPARSELt"
+
+
+def test_generated_code_says_which_scales_it_passes() -> None:
+    values, metadata = packed(64, 64, torch.float16)
+    w = torch.randn(64, 8).half()
+    col = torch.rand(8) + 0.5
+    call = vendor24.MASKED_DENSE.to_callable()
+    found = call(values, metadata, w, col, col=True, out_dtype=torch.float32)
+    expected = vendor24.masked_dense(
+        values, metadata, w, None, col, out_dtype=torch.float32
+    )
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.float32
