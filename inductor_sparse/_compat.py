@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 GraphPass = Callable[[fx.Graph], Any]
@@ -36,6 +37,23 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         hint = node.hint
         return int(hint) if isinstance(hint, int) else None
     return None
+
+
+def decide(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds, guarded so that it stays true if it is now.
+
+    Without a guard where none can be had: sizes of an exported program, whose guards
+    are closed, count by what they were when it was traced; a size that comes out of
+    data counts only if nothing else is possible.
+    """
+    if isinstance(condition, bool):
+        return condition
+    node = condition.node
+    if not getattr(node, "has_hint", lambda: False)():
+        return bool(statically_known_true(condition))
+    if getattr(node.shape_env, "frozen", False):
+        return bool(node.hint)
+    return bool(condition)
 
 
 def run_observed(gm: fx.GraphModule, name: str, graph_pass: GraphPass) -> bool:

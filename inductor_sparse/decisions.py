@@ -60,7 +60,8 @@ class Decision:
     in [0, 1], ``None`` until measured; ``expected_gain`` is the ratio dense / sparse
     time of this matmul expected by :mod:`inductor_sparse.profitability`;
     ``weight_copy_bytes`` is the extra memory held by a row-contiguous copy of the
-    weight, 0 if none is needed.
+    weight, 0 if none is needed; ``arch`` what kernels are looked up by: ``cpu``,
+    ``sm_90``, empty for a GPU that could not be asked.
     """
 
     module: str
@@ -80,6 +81,7 @@ class Decision:
     op: str = ""
     activation: str = ""
     site: str = ""
+    arch: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; enums become their values."""

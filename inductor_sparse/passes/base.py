@@ -12,11 +12,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import fx
 
 from inductor_sparse import config, profitability
 from inductor_sparse._compat import size_hint
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
+from inductor_sparse.passes.emit import emit_sparse24
 from inductor_sparse.passes.fx_utils import (
     aten,
     insert_call,
@@ -27,10 +29,10 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
 )
 from inductor_sparse.passes.producers import Producer
+from inductor_sparse.passes.regimes import Choice, Regime, choose
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
 from inductor_sparse.passes.weights import (
     Copy,
-    Weight,
     copy_bytes,
     emit_weight,
     resolve_weight,
@@ -50,7 +52,8 @@ class PassContext:
     ``options`` is a snapshot of the ``sparse.*`` options without their prefix; missing
     ones have their configured value.  ``static_inputs`` names the placeholders that are
     parameters or buffers, ``untracked_inputs`` those whose changes cannot be noticed.
-    ``demoted`` maps sites that must stay dense to the reason why.
+    ``demoted`` maps sites that must stay dense to the reason why.  ``architecture``
+    tells what the kernels of a device are looked up by.
     """
 
     options: Mapping[str, Any]
@@ -61,6 +64,7 @@ class PassContext:
     plan: Plan | None = None
     demoted: Mapping[str, Reason] = dataclasses.field(default_factory=dict)
     observers: list[Observer] = dataclasses.field(default_factory=list)
+    architecture: Callable[[torch.device], str] = profitability.architecture
 
     def option(self, name: str) -> Any:
         """The value of ``sparse.<name>`` for this graph."""
@@ -87,11 +91,16 @@ class GraphPass(Protocol):
 
 
 class Rule(abc.ABC):
-    """Rewrites the matmuls of one kind of producer into an op that skips zeros."""
+    """Rewrites the matmuls of one kind of producer into an op that skips zeros.
+
+    ``op`` is what :meth:`rewrite` inserts.  A rule that ``packs`` also lets its sites
+    be rewritten to the 2:4 format where that is better, the same way for every rule.
+    """
 
     name: str
     tier: Tier = Tier.EXACT
     op: str = "activation_spmm"
+    packs: bool = False
 
     @abc.abstractmethod
     def match(self, site: Site) -> Producer | None:
@@ -118,43 +127,43 @@ class Rule(abc.ABC):
             if producer is None:
                 continue
             decision = open_decision(site, producer, context, self.name, self.tier)
-            found = self._obstacle(site, producer, decision, context, disabled)
-            weight = found or resolve_weight(site.rhs, context)
-            if isinstance(weight, Copy) and not _copy_pays(site, context):
-                weight = _TRAINING_REJECTION
-            if isinstance(weight, Rejection):
-                close_dense(decision, weight, site.matmul)
+            chosen = self._obstacle(site, producer, disabled) or choose(
+                self, site, decision, context
+            )
+            product = (
+                chosen
+                if isinstance(chosen, Rejection)
+                else self._rewrite_as(chosen, site, decision, context)
+            )
+            if isinstance(product, Rejection):
+                close_dense(decision, product, site.matmul)
             else:
-                self._apply(site, weight, decision, context)
+                close_applied(decision, site, product)
 
     def _obstacle(
-        self,
-        site: Site,
-        producer: Producer,
-        decision: Decision,
-        context: PassContext,
-        disabled: bool,
+        self, site: Site, producer: Producer, disabled: bool
     ) -> Rejection | None:
         if producer.reason is not None:
             return Rejection(producer.reason, producer.detail)
         if disabled:
             return Rejection(Reason.RULE_DISABLED, f"{self.name} is turned off")
-        return (
-            unsupported(site)
-            or _missing_kernel(site, self.op)
-            or _too_dense(site, decision, context)
-        )
+        return unsupported(site)
 
-    def _apply(
-        self, site: Site, weight: Weight, decision: Decision, context: PassContext
-    ) -> None:
-        node = emit_weight(weight, site.matmul)
-        product = self.rewrite(site, node, context)
+    def _rewrite_as(
+        self, chosen: Choice, site: Site, decision: Decision, context: PassContext
+    ) -> fx.Node | Rejection:
+        decision.expected_gain, decision.detail = chosen.expected_gain, chosen.note
+        if chosen.regime is Regime.PACK:
+            decision.tier = Tier.APPROXIMATE
+            return emit_sparse24(site)
+        weight = resolve_weight(site.rhs, context)
+        if isinstance(weight, Rejection):
+            return weight
+        if isinstance(weight, Copy) and not _copy_pays(site, context):
+            return _TRAINING_REJECTION
+        product = self.rewrite(site, emit_weight(weight, site.matmul), context)
         decision.weight_copy_bytes = copy_bytes(product)
-        decision.status = Status.APPLIED
-        decision.op = op_name(product)
-        product.meta[SITE_KEY] = decision.site
-        finish_site(site, product)
+        return product
 
 
 _TRAINING_REJECTION = Rejection(
@@ -169,7 +178,7 @@ def open_decision(
     site: Site, producer: Producer, context: PassContext, rule: str, tier: Tier
 ) -> Decision:
     """Add the decision of a site to the graph's list, dense until proven otherwise."""
-    M, K, N = site.sizes
+    _, K, N = site.sizes
     module, source = module_path(site.matmul), source_line(site.matmul)
     where = module or source or site.matmul.name
     key = _unique(f"{where}:{K}x{N}", context.graph)
@@ -188,9 +197,9 @@ def open_decision(
         device=site.device,
         density=density,
         dropped_energy=measured.dropped_energy if measured is not None else None,
-        expected_gain=profitability.expected_gain(size_hint(M), density, site.dtype),
         activation=producer.activation,
         site=key,
+        arch=context.architecture(site.matmul.meta["val"].device),
     )
     context.graph.decisions.append(decision)
     return decision
@@ -201,6 +210,14 @@ def close_dense(decision: Decision, why: Rejection, matmul: fx.Node) -> None:
     decision.reason, decision.detail = why.reason, why.detail
     decision.expected_gain = None
     matmul.meta[SITE_KEY] = decision.site
+
+
+def close_applied(decision: Decision, site: Site, product: fx.Node) -> None:
+    """Record that ``product`` takes the place of a site's matmul, and let it."""
+    decision.status = Status.APPLIED
+    decision.op = op_name(product)
+    product.meta[SITE_KEY] = decision.site
+    finish_site(site, product)
 
 
 def _unique(key: str, graph: GraphDecisions) -> str:
@@ -235,43 +252,6 @@ def unsupported(site: Site) -> Rejection | None:
     ):
         if isinstance(size, int) and size < least:
             return Rejection(Reason.UNSUPPORTED_SHAPE, f"{name} is {size}")
-    return None
-
-
-def _missing_kernel(site: Site, op: str) -> Rejection | None:
-    if profitability.has_kernel(site.device, op, site.dtype):
-        return None
-    return Rejection(
-        Reason.NO_KERNEL_YET, f"{op} has no {site.dtype} kernel for {site.device} yet"
-    )
-
-
-def _too_dense(
-    site: Site, decision: Decision, context: PassContext
-) -> Rejection | None:
-    demoted = context.demoted.get(decision.site)
-    if demoted is not None:
-        return Rejection(
-            demoted,
-            "observed at run time: skipping zeros did not pay; "
-            "torch._dynamo.reset() forgets that",
-        )
-    limit = float(context.option("max_density"))
-    if decision.density is None:
-        return None
-    measured = f"the plan measured density {decision.density:.3g}"
-    if decision.density > limit:
-        return Rejection(
-            Reason.TOO_DENSE, f"{measured}, above sparse.max_density {limit:.3g}"
-        )
-    tokens = size_hint(site.sizes[0])
-    break_even = profitability.break_even_density(tokens, site.dtype)
-    if decision.density > break_even:
-        return Rejection(
-            Reason.NOT_PROFITABLE,
-            f"{measured}, and with {tokens} tokens of {site.dtype} skipping zeros wins "
-            f"below {break_even:.3g}",
-        )
     return None
 
 

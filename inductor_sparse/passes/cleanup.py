@@ -37,7 +37,11 @@ def check_no_half_rewritten_site(graph: fx.Graph, decisions: GraphDecisions) -> 
         SparseError: naming the sites for which this does not hold.
     """
     ops = torch.ops.inductor_sparse
-    targets = {ops.activation_spmm.default, ops.glu_spmm.default}
+    targets = {
+        ops.activation_spmm.default,
+        ops.glu_spmm.default,
+        ops.sparse24_mm.default,
+    }
     ours = [node for node in graph.nodes if is_call(node, targets)]
     computed = {node.meta.get(SITE_KEY, node.name) for node in ours}
     unknown = {node.name for node in ours if SITE_KEY not in node.meta}

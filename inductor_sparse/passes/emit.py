@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +13,7 @@ from inductor_sparse.passes.activations import as_relu, as_relu_squared
 from inductor_sparse.passes.fx_utils import (
     VIEWS,
     insert_call,
+    is_call,
     peel,
     tensor_of,
     with_dtype,
@@ -50,3 +53,47 @@ def emit_activation_spmm(site: Site, weight: fx.Node) -> fx.Node:
     assert tensor_of(z) is not None
     target = torch.ops.inductor_sparse.activation_spmm.default
     return insert_call(site.matmul, target, (z, weight, activation))
+
+
+def emit_sparse24(site: Site) -> fx.Node:
+    """Insert ``sparsify24`` and ``sparse24_mm`` for a site; the weight as it lies.
+
+    Two matmuls of one activation share what is packed.
+    """
+    ops = torch.ops.inductor_sparse
+    z, activation, select = packable_input(site)
+    packed = shared_call(site.matmul, ops.sparsify24.default, (z, activation, select))
+    values, metadata = (
+        shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(2)
+    )
+    return insert_call(
+        site.matmul, ops.sparse24_mm.default, (values, metadata, site.rhs)
+    )
+
+
+def packable_input(site: Site) -> tuple[fx.Node, str, str]:
+    """``(z, activation, select)`` for packing the left operand of a site.
+
+    What went through ReLU is not negative, so that its largest values are known without
+    looking at signs; anything else may be.
+    """
+    activation, z, views = direct_input(site.lhs)
+    for view in reversed(views):
+        assert callable(view.target)
+        args, kwargs = (z, *view.args[1:]), dict(view.kwargs)
+        z = shared_call(site.matmul, view.target, args, kwargs)
+    return z, activation, "largest_abs" if activation == "identity" else "largest"
+
+
+def shared_call(
+    before: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    """An equal call that exists before a node already, else a new one there."""
+    for user in args[0].users:
+        same = is_call(user, {target}) and user.args == args
+        if same and user.kwargs == (kwargs or {}) and user < before:
+            return user
+    return insert_call(before, target, args, kwargs)

@@ -31,6 +31,7 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
 )
 from inductor_sparse.passes.producers import Family, Producer
+from inductor_sparse.passes.regimes import kernel_obstacle
 from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.passes.weights import Weight, emit_weight, resolve_weight
 
@@ -50,6 +51,7 @@ class GatedMatmul(Rule):
     """mm(relu(g) * up, w), also with relu(g)²: glu_spmm or activation_spmm."""
 
     name = "gated_matmul"
+    packs = True
 
     def match(self, site: Site) -> Producer | None:
         """The producer if it is a gated product."""
@@ -73,13 +75,16 @@ class GatedMatmul(Rule):
 def _read_glu(site: Site, context: PassContext) -> _Glu | None:
     producer = site.producer
     product, views = peel(site.lhs, ORDERED_VIEWS)
+    device = site.matmul.meta["val"].device
     if (
         producer is None
         or producer.gate is None
         or producer.up is None
         or site.matmul.target not in (aten.mm.default, aten.addmm.default)
         or not profitability.glu_pays(site.sizes[0])
-        or not profitability.has_kernel(site.device, "glu_spmm", site.dtype)
+        or kernel_obstacle(
+            ("glu_spmm",), site.dtype, context.architecture(device), context
+        )
     ):
         return None
     activation, gate, gate_views = direct_input(producer.gate)

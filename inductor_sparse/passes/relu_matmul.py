@@ -19,6 +19,7 @@ class ReluMatmul(Rule):
     """mm(relu(z), w) skips the rows of w that meet a zero: activation_spmm."""
 
     name = "relu_matmul"
+    packs = True
 
     def match(self, site: Site) -> Producer | None:
         """The producer if it is a plain activation."""

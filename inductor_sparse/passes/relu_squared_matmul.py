@@ -19,6 +19,7 @@ class ReluSquaredMatmul(Rule):
     """mm(relu(z)², w) skips the rows of w that meet a zero: activation_spmm."""
 
     name = "relu_squared_matmul"
+    packs = True
 
     def match(self, site: Site) -> Producer | None:
         """The producer if it squares something (or raises it to another power)."""

@@ -63,9 +63,9 @@ def test_small_layers_are_not_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_has_no_kernel_yet(dtype: torch.dtype) -> None:
-    gm, decision = run(device="cuda", dtype=dtype)
-    assert decision.reason is Reason.NO_KERNEL_YET
+def test_cuda_that_is_not_there(dtype: torch.dtype) -> None:
+    gm, decision = run(device="cuda", dtype=dtype, architecture=lambda device: "")
+    assert decision.reason is Reason.ARCH_UNSUPPORTED
     assert (decision.device, decision.rule) == ("cuda", "relu_squared_matmul")
     assert decision.shapes == {"M": 5, "K": 8, "N": 6}
     assert listing(gm).count("mm") > 0
@@ -78,9 +78,11 @@ def test_cuda_fires_the_same_rules() -> None:
 
     args = torch.zeros(5, 8), torch.zeros(6, 8)
     on_cpu = rewrite(trace(fn, *args), static=[1]).decisions
-    on_cuda = rewrite(trace(fn, *args, device="cuda"), static=[1]).decisions
+    on_cuda = rewrite(
+        trace(fn, *args, device="cuda"), static=[1], architecture=lambda device: "sm_90"
+    ).decisions
     assert [d.rule for d in on_cuda] == [d.rule for d in on_cpu]
-    assert {d.reason for d in on_cuda} == {Reason.NO_KERNEL_YET}
+    assert {d.reason for d in on_cuda} == {Reason.NOT_PROFITABLE}
 
 
 def test_rule_turned_off_by_option() -> None:

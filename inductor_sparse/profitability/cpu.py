@@ -1,4 +1,4 @@
-"""When skipping zeros is expected to win: every threshold and cost model lives here.
+"""When skipping zeros is expected to win on a CPU.
 
 Shape legend: M tokens (rows of the activation), K reduction, N output features.
 """
@@ -7,35 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-GLU_MAX_TOKENS = 8
-"""Above this many tokens the union of active neurons is nearly all of them, so
-computing the up projection for active neurons only saves nothing over a dense GEMM."""
+from inductor_sparse.profitability.common import ASSUMED_DENSITY, GLU_MAX_TOKENS
 
 ALWAYS_WINS_TOKENS = 4
 """Up to so many tokens a product is bound by reading the weight, and skipping neurons
 only ever reads less of it: no density loses, so none is observed."""
-
-MIN_SIZE = 2
-"""A K or N of 0 or 1 is a copy or a scaling, not a matmul worth a kernel."""
-
-TRAINING_COPY_MIN_TOKENS = 64
-"""A weight copy costs about K*N reads and writes; 64 tokens do 64*K*N multiply-adds,
-enough to hide it even if the optimizer changes the weight before every call."""
-
-KERNELS: dict[str, dict[str, frozenset[str]]] = {
-    "cpu": {
-        "activation_spmm": frozenset({"float32", "bfloat16", "float16"}),
-        "glu_spmm": frozenset({"float32", "bfloat16", "float16"}),
-    },
-}
-"""Device type -> op -> dtypes for which a kernel exists and was run on that device."""
-
-DTYPES = frozenset({"float32", "bfloat16", "float16"})
-"""Dtypes the ops define at all, on any device."""
-
-ASSUMED_DENSITY = 0.1
-"""Fraction of non-zeros assumed for a site that no plan has measured: trained ReLU²
-FFNs have 2-10 %."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +33,6 @@ _FIXED_COST = 0.04
 """Compressing a row and starting threads, as a fraction of the dense product."""
 
 
-def has_kernel(device: str, op: str, dtype: str) -> bool:
-    """Whether ``op`` has a kernel for ``dtype`` on this device type."""
-    return dtype in KERNELS.get(device, {}).get(op, frozenset())
-
-
 def expected_gain(M: int | None, density: float | None, dtype: str) -> float:
     """Expected dense time / sparse time of one matmul; conservative, never below 1.
 
@@ -75,18 +46,6 @@ def expected_gain(M: int | None, density: float | None, dtype: str) -> float:
     tokens = 2**62 if M is None else M
     fraction = next(step.fraction for step in steps if tokens <= step.max_tokens)
     return max(1.0, round(fraction / (known_density + _FIXED_COST), 2))
-
-
-def training_copy_pays(M: int | None) -> bool:
-    """Whether a row-contiguous weight copy pays in a graph that also has a backward.
-
-    Two kinds of graph look the same here.  In a training step the weight changes every
-    call, so the copy is made every call and needs many tokens to pay.  An ``eval()``
-    model called without ``no_grad`` never runs its backward, keeps its weights, and
-    decodes a few tokens at a time.  Between the two nothing can be told, and the site
-    stays dense; so does a site whose number of tokens is unknown.
-    """
-    return M is not None and (M <= GLU_MAX_TOKENS or M >= TRAINING_COPY_MIN_TOKENS)
 
 
 def glu_pays(M: object) -> bool:

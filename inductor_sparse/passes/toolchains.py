@@ -1,0 +1,25 @@
+"""What compiles the kernels of an op, and what of that is missing here."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+from inductor_sparse.runtime import nvrtc
+
+
+def missing_package(op: str, arch: str) -> str:
+    """What is missing to compile the kernel of ``op`` for ``arch``; empty if nothing.
+
+    A CPU needs a C++ compiler: torch itself says so if there is none.
+    """
+    if arch == "cpu":
+        return ""
+    if op == "sparse24_mm":
+        return (nvrtc.unavailable_reason() or "") if arch == "sm_90" else ""
+    return "" if _has_triton() else "triton is missing; reinstall torch with its extras"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

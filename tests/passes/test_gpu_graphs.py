@@ -1,0 +1,168 @@
+"""Graphs for GPUs: what is shared, observed, guarded, and refused for its layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from tracing import calls, rewrite, trace
+
+from inductor_sparse.decisions import GraphDecisions, Reason, Status
+
+K, N = 16384, 4096
+
+
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def decide(
+    fn: Any, *args: Tensor, **context: Any
+) -> tuple[fx.GraphModule, GraphDecisions]:
+    gm = trace(fn, *args, device="cuda")
+    context.setdefault("static", range(1, len(args)))
+    context.setdefault("architecture", lambda device: "sm_90")
+    return gm, rewrite(gm, **context)
+
+
+def test_two_matmuls_share_one_pack() -> None:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        h = F.relu(x) ** 2
+        return F.linear(h, w) + F.linear(h, v)
+
+    x = empty(2, 512, K)
+    gm, record = decide(fn, x, empty(N, K), empty(N, K))
+    assert [d.op for d in record.decisions] == ["sparse24_mm", "sparse24_mm"]
+    assert len(calls(gm, "sparsify24")) == len(calls(gm, "site_energy")) == 1
+
+
+def test_activation_with_another_reader() -> None:
+    def fn(x: Tensor, w: Tensor) -> Any:
+        h = F.relu(x) ** 2
+        return F.linear(h, w), h
+
+    gm, record = decide(fn, empty(2048, K), empty(N, K))
+    (decision,) = record.applied
+    assert decision.op == "sparse24_mm"
+    assert len(calls(gm, "pow")) == 1
+    _, alone = decide(lambda x, w: fn(x, w)[0], empty(2048, K), empty(N, K))
+    # The dense activation is written all the same, so that packing costs extra.
+    assert alone.applied[0].expected_gain > decision.expected_gain
+
+
+def test_energy_is_observed_per_site() -> None:
+    gm, record = decide(lambda x, w: F.linear(F.relu(x), w), empty(512, K), empty(N, K))
+    (energy,) = calls(gm, "site_energy")
+    assert energy.args[1] == record.decisions[0].site
+    assert energy.meta["val"].dtype == torch.float64
+    (packed,) = calls(gm, "sparsify24")
+    assert packed.args[3] is energy
+    gm, _ = decide(
+        lambda x, w: F.linear(F.relu(x), w),
+        empty(512, K),
+        empty(N, K),
+        options={"adaptive": False},
+    )
+    assert calls(gm, "site_energy") == []
+
+
+def test_bias_stays_outside() -> None:
+    gm, record = decide(
+        lambda x, w, b: F.linear(F.relu(x), w, b), empty(512, K), empty(N, K), empty(N)
+    )
+    assert len(record.applied) == 1
+    (add,) = calls(gm, "add")
+    assert add.args[0] is calls(gm, "sparse24_mm")[0]
+
+
+def test_row_contiguous_weight_is_taken_as_it_lies() -> None:
+    gm, record = decide(lambda x, w: F.relu(x) @ w, empty(512, K), empty(K, N))
+    assert len(record.applied) == 1
+    assert calls(gm, "sparse24_mm")[0].args[2].meta["val"].stride() == (N, 1)
+
+
+def test_autocast_weight_is_cast_as_before() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(F.relu(x), w.bfloat16())
+
+    gm, record = decide(fn, empty(512, K), empty(N, K, dtype=torch.float32))
+    assert len(record.applied) == 1
+    assert calls(gm, "sparse24_mm")[0].args[2].meta["val"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("weight", "detail"),
+    [
+        (empty(N, K + 1), "K is 16385"),
+        (empty(N + 4, K), "N is 4100"),
+        (empty(N, 2 * K)[:, ::2], "neither its rows nor its columns"),
+        (empty(N, K + 4)[:, :K], "neither its rows nor its columns"),
+    ],
+)
+def test_layouts_that_bulk_copies_cannot_read(weight: Tensor, detail: str) -> None:
+    strided = weight.shape, weight.stride()
+
+    def fn(x: Tensor, base: Tensor) -> Tensor:
+        return F.linear(F.relu(x), base.as_strided(*strided))
+
+    x = empty(512, weight.shape[1])
+    _, record = decide(fn, x, empty(2 * K * N + 2 * N))
+    (decision,) = record.decisions
+    assert decision.reason is Reason.UNSUPPORTED_SHAPE
+    assert detail in decision.detail
+
+
+def test_batches_stay_dense() -> None:
+    _, record = decide(
+        lambda x, w: torch.bmm(F.relu(x), w), empty(2, 512, K), empty(2, K, N)
+    )
+    (decision,) = record.decisions
+    assert decision.reason is Reason.NO_KERNEL_YET
+    assert decision.detail == "a batch of matrices has no GPU kernel yet"
+
+
+def test_gated_decode_skips_the_up_projection() -> None:
+    def fn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    weights = empty(K, N), empty(K, N), empty(N, K)
+    gm, record = decide(fn, empty(1, N), *weights)
+    assert [d.op for d in record.decisions] == ["glu_spmm"]
+    gm, record = decide(fn, empty(1024, N), *weights)
+    assert [d.op for d in record.decisions] == ["sparse24_mm"]
+    assert calls(gm, "sparsify24")[0].args[1:3] == ("identity", "largest_abs")
+
+
+def symbolic(M: int) -> tuple[GraphDecisions, ShapeEnv]:
+    """The decisions about a graph of M tokens that may be another number next time."""
+    env, source = ShapeEnv(), ConstantSource("tokens")
+    symbol = env.create_symbol(M, source, dynamic_dim=DimDynamic.DYNAMIC)
+    tokens = env.create_symintnode(symbol, hint=M, source=source)
+    with FakeTensorMode(shape_env=env):
+        x = torch.empty(tokens, K, dtype=torch.bfloat16, device="cuda")
+        w = torch.empty(N, K, dtype=torch.bfloat16, device="cuda")
+        fn = torch.func.functionalize(lambda x, w: F.linear(F.relu(x), w))
+        gm = make_fx(fn, tracing_mode="symbolic")(x, w)
+    for node, fake in zip(gm.graph.find_nodes(op="placeholder"), (x, w), strict=True):
+        node.meta["val"] = fake
+    return rewrite(gm, static=[1], architecture=lambda device: "sm_90"), env
+
+
+@pytest.mark.parametrize(
+    ("M", "op", "guard"),
+    [(4, "activation_spmm", "<= 8"), (100, "", "> 8"), (600, "sparse24_mm", "512")],
+)
+def test_symbolic_tokens_are_guarded(M: int, op: str, guard: str) -> None:
+    record, env = symbolic(M)
+    (decision,) = record.decisions
+    assert decision.op == op
+    assert (decision.status is Status.APPLIED) == bool(op)
+    assert isinstance(decision.shapes["M"], str)
+    assert any(guard in str(found.expr) for found in env.guards)

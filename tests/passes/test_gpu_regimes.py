@@ -1,0 +1,220 @@
+"""On a GPU: a few tokens skip zeros, many are packed 2:4, and between is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from tracing import calls, rewrite, trace
+
+from inductor_sparse import profitability
+from inductor_sparse.decisions import Decision, Reason, Status, Tier
+from inductor_sparse.plan import Plan, SitePlan
+
+K, N = 16384, 4096
+HALF = [torch.bfloat16, torch.float16]
+
+
+def ffn(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.relu(x) ** 2, w)
+
+
+def relu_ffn(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.relu(x), w)
+
+
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.relu(x) ** 2 * 0.5, w)
+
+
+def gated(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.relu(x) * (x + 1), w)
+
+
+def run(
+    fn: Callable[..., Any] = ffn,
+    M: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    arch: str = "sm_90",
+    **context: Any,
+) -> tuple[fx.GraphModule, Decision]:
+    x = torch.empty(M, K, dtype=dtype, device="meta")
+    w = torch.empty(N, K, dtype=dtype, device="meta")
+    gm = trace(fn, x, w, device="cuda")
+    context.setdefault("architecture", lambda device: arch)
+    (decision,) = rewrite(gm, static=[1], **context).decisions
+    assert decision.arch == arch
+    assert decision.device == "cuda"
+    return gm, decision
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("fn", "arguments"),
+    [
+        (ffn, ("relu2", "largest")),
+        (relu_ffn, ("relu", "largest")),
+        (scaled, ("identity", "largest_abs")),
+        (gated, ("identity", "largest_abs")),
+    ],
+)
+def test_many_tokens_are_packed(
+    fn: Callable[..., Tensor], arguments: tuple[str, str], dtype: torch.dtype
+) -> None:
+    gm, decision = run(fn, dtype=dtype)
+    assert (decision.status, decision.op) == (Status.APPLIED, "sparse24_mm")
+    assert decision.tier is Tier.APPROXIMATE
+    assert decision.weight_copy_bytes == 0
+    assert decision.expected_gain is not None
+    assert decision.expected_gain > 1
+    (packed,) = calls(gm, "sparsify24")
+    assert packed.args[1:3] == arguments
+    (product,) = calls(gm, "sparse24_mm")
+    assert product.args[2].meta["val"].stride() == (1, K)  # as nn.Linear stores it
+    assert calls(gm, "mm") == calls(gm, "row_major_weight") == []
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_a_few_tokens_skip_zeros(dtype: torch.dtype) -> None:
+    gm, decision = run(M=4, dtype=dtype)
+    assert (decision.status, decision.op) == (Status.APPLIED, "activation_spmm")
+    assert decision.tier is Tier.EXACT
+    assert decision.weight_copy_bytes == K * N * dtype.itemsize
+    assert len(calls(gm, "activation_spmm")[0].args) == 3  # nothing is counted
+
+
+def test_between_the_two_is_dense() -> None:
+    gm, decision = run(M=64)
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert decision.detail == (
+        "with 64 tokens the dense product wins; for this shape skipping zeros wins up "
+        "to 8 tokens, 2:4 from 512 tokens on"
+    )
+    assert decision.expected_gain is None
+    assert len(calls(gm, "mm")) == 1
+
+
+def test_an_applied_site_names_its_limits() -> None:
+    _, decision = run()
+    assert decision.detail == (
+        "for this shape skipping zeros wins up to 8 tokens, 2:4 from 512 tokens on"
+    )
+
+
+def test_exact_turns_packing_off() -> None:
+    _, decision = run(options={"activation_format": "exact"})
+    assert decision.reason is Reason.NOT_PROFITABLE
+    _, decision = run(M=1, options={"activation_format": "exact"})
+    assert decision.op == "activation_spmm"
+
+
+@pytest.mark.parametrize("M", [1, 64, 2048])
+def test_2_4_is_taken_at_every_size(M: int) -> None:
+    _, decision = run(M=M, options={"activation_format": "2:4"})
+    assert decision.op == "sparse24_mm"
+    assert decision.expected_gain is not None
+    assert (decision.expected_gain > 1) == (M == 2048)
+
+
+@pytest.mark.parametrize(
+    ("arch", "M", "reason", "detail"),
+    [
+        (
+            "sm_75",
+            1,
+            Reason.ARCH_UNSUPPORTED,
+            "activation_spmm has no kernel for sm_75",
+        ),
+        ("sm_75", 99, Reason.ARCH_UNSUPPORTED, "activation_spmm has no kernel for"),
+        (
+            "sm_120",
+            2048,
+            Reason.ARCH_UNSUPPORTED,
+            "sparsify24 has no kernel for sm_120",
+        ),
+        ("", 1, Reason.ARCH_UNSUPPORTED, "cannot ask for its architecture"),
+        ("sm_80", 1, Reason.KERNEL_UNVERIFIED, "activation_spmm never ran on sm_80"),
+        ("gfx942", 2048, Reason.KERNEL_UNVERIFIED, "sparsify24 never ran on gfx942"),
+    ],
+)
+def test_other_architectures(arch: str, M: int, reason: Reason, detail: str) -> None:
+    _, decision = run(M=M, arch=arch)
+    assert decision.reason is reason
+    assert detail in decision.detail
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100", "gfx942"])
+def test_unverified_kernels_may_be_allowed(arch: str) -> None:
+    options = {"allow_unverified": True}
+    assert run(arch=arch, options=options)[1].op == "sparse24_mm"
+    assert run(M=1, arch=arch, options=options)[1].op == "activation_spmm"
+
+
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inductor_sparse.passes import toolchains
+
+    monkeypatch.setattr(toolchains.nvrtc, "unavailable_reason", lambda: "no NVRTC here")
+    _, decision = run()
+    assert decision.reason is Reason.NO_KERNEL_YET
+    assert decision.detail == "sparse24_mm cannot be compiled: no NVRTC here"
+    assert run(M=1)[1].op == "activation_spmm"
+
+
+def test_float32_has_no_packed_kernel() -> None:
+    _, decision = run(dtype=torch.float32)
+    assert decision.reason is Reason.NO_KERNEL_YET
+    assert decision.detail == "sparsify24 has no float32 kernel for sm_90 yet"
+
+
+def plan(density: float, dropped: float) -> Plan:
+    site = SitePlan(density, density, dropped, dropped, 1, 5)
+    return Plan({f"mm:{K}x{N}": site})
+
+
+def test_planned_loss() -> None:
+    _, decision = run(plan=plan(0.1, 0.004))
+    assert (decision.op, decision.dropped_energy) == ("sparse24_mm", 0.004)
+    _, decision = run(plan=plan(0.1, 0.02))
+    assert decision.reason is Reason.TOO_DENSE
+    assert decision.detail == (
+        "the plan measured that 2:4 drops 0.02 of the energy, above "
+        "sparse.max_dropped_energy 0.01"
+    )
+    looser = {"max_dropped_energy": 0.05}
+    assert run(plan=plan(0.1, 0.02), options=looser)[1].status is Status.APPLIED
+    # What skips zeros loses nothing.
+    assert run(M=1, plan=plan(0.1, 0.02))[1].op == "activation_spmm"
+
+
+def test_planned_density_moves_the_limit() -> None:
+    assert run(M=8, plan=plan(0.02, 0))[1].op == "activation_spmm"
+    _, decision = run(M=8, plan=plan(0.5, 0))
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert "skipping zeros wins up to 2 tokens" in decision.detail
+    _, decision = run(plan=plan(0.7, 0))
+    assert decision.reason is Reason.TOO_DENSE
+
+
+def test_training_stays_dense() -> None:
+    _, decision = run(is_training=True)
+    assert decision.reason is Reason.TRAINING_GRAPH
+    assert "the model would learn something else" in decision.detail
+    assert run(M=1, is_training=True)[1].op == "activation_spmm"
+
+
+def test_thresholds_are_monotonic() -> None:
+    limit = profitability.cuda.decode_max_tokens
+    densities = (0.02, 0.1, 0.3, 0.9)
+    found = [limit(K, N, "bfloat16", density) for density in densities]
+    assert found == sorted(found, reverse=True)
+    assert limit(512, 512, "bfloat16", None) == 0
+    begin = profitability.cuda.prefill_min_tokens
+    assert begin(512, 4096, "bfloat16") is None
+    small, large = begin(4096, 1024, "bfloat16"), begin(K, N, "bfloat16")
+    assert small is not None
+    assert large is not None
+    assert small > large
