@@ -24,7 +24,7 @@ from inductor_sparse.decisions import GraphDecisions, record
 from inductor_sparse.dumps import DumpWriter
 from inductor_sparse.errors import NothingAppliedError, SparseOptionError
 from inductor_sparse.passes.joint_pass import SparsePass
-from inductor_sparse.runtime import adaptation, prepared_weights
+from inductor_sparse.runtime import adaptation, prepared_weights, site_energy
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ def sparse(
         config_patches=patches,
     )
     _announce(sparse_pass, strict=snapshot["strict"])
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        compiled = site_energy.observed(compiled, snapshot["max_dropped_energy"])
     return adaptation.observed(compiled, code)
 
 

@@ -1,7 +1,7 @@
 """Ops that return a tensor kept by the runtime: called, and never written into.
 
 Inductor believes that it owns what an op returns and may hand a dead buffer to a later
-kernel as its output: that would overwrite a cached weight, or the counters of a graph.
+kernel as its output: that would overwrite a cached weight, or the counters of a site.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch._inductor.virtualized import V
 
 from inductor_sparse.lowerings import common
 
-OPS = (common.op("row_major_weight"), common.op("site_counters"))
+OPS = tuple(
+    common.op(name) for name in ("row_major_weight", "site_counters", "site_energy")
+)
 
 
 def lower_kept_tensor(target: torch._ops.OpOverload, *args: Any) -> ir.TensorBox:

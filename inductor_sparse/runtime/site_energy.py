@@ -1,0 +1,257 @@
+"""How much of its activation a 2:4 site keeps, summed on the device as it runs.
+
+The kernels that select two of four add the squares of what they keep, and of
+everything, to a small tensor of their site.  :func:`site_energy` hands it out: one per
+site and device, for the life of the process, because a captured CUDA graph goes on
+writing to it.  Nothing here waits for the device: after its first call a site is copied
+to the host in the background, and the copy is looked at when a later call finds it
+there.  A site that drops too much is then reported once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_sparse import config, ops
+
+log = logging.getLogger(__name__)
+
+TRIES = 8
+"""Looks at a site that has not added anything yet before it is left alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Energy:
+    """What one site has kept so far.
+
+    ``calls`` are those of its graph; ``kept`` and ``total`` are sums of squares of the
+    activation.
+    """
+
+    site: str
+    device: str
+    calls: int
+    kept: float
+    total: float
+
+    @property
+    def dropped(self) -> float | None:
+        """The fraction of the energy that was dropped; None if none was seen, or inf.
+
+        Its root is about the relative error of the product.
+        """
+        if not self.total or not math.isfinite(self.total):
+            return None
+        return max(0.0, 1.0 - self.kept / self.total)
+
+
+@dataclasses.dataclass(eq=False)
+class _Graph:
+    """One compiled graph: how often it was called, and what its sites may drop."""
+
+    limit: float
+    calls: int = 0
+
+
+class _Current(threading.local):
+    """The graph that this thread is running."""
+
+    graph: _Graph | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Site:
+    """One site on one device, and the copy of its first sums on its way to the host."""
+
+    name: str
+    values: Tensor
+    limit: float
+    calls: int = 0
+    graphs: list[_Graph] = dataclasses.field(default_factory=list)
+    tries: int = 0
+    copy: Tensor | None = None
+    event: Any = None
+
+    def energy(self, values: Tensor) -> Energy:
+        """What ``values``, a copy of the sums on the host, says."""
+        kept, total = values.sum(0).tolist()
+        calls = self.calls + sum(graph.calls for graph in self.graphs)
+        return Energy(self.name, str(self.values.device), calls, kept, total)
+
+
+_current = _Current()
+_sites: dict[tuple[str, torch.device], _Site] = {}
+_unsettled: list[_Site] = []
+_lock = threading.Lock()
+
+
+def site_energy(anchor: Tensor, site: str) -> Tensor:
+    """The energies of a site on the device of ``anchor``; see :func:`ops.site_energy`.
+
+    A site that is first met while a CUDA graph is being captured gets energies of its
+    own, which nobody reads: memory that outlives the graph cannot be had then.
+    """
+    key = (site, anchor.device)
+    state = _sites.get(key)
+    graph = _current.graph
+    if state is None:
+        if _is_capturing(anchor.device):
+            return ops.site_energy(anchor, site)
+        limit = config.max_dropped_energy if graph is None else graph.limit
+        with _lock:
+            if key not in _sites:
+                _sites[key] = _Site(site, _allocate(anchor.device), limit)
+                _unsettled.append(_sites[key])
+            state = _sites[key]
+    elif graph is None and state in _unsettled:
+        _look(state)
+    if graph is None:
+        state.calls += 1
+    elif graph not in state.graphs:
+        state.graphs.append(graph)
+    return state.values
+
+
+def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
+    """``compiled``, counting its calls and looking after the sites in it.
+
+    Needed because a replayed CUDA graph does not call :func:`site_energy`.
+
+    Args:
+        compiled: a compiled graph.
+        limit: the fraction of its energy that a site may drop without a warning.
+    """
+    graph = _Graph(limit)
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        for state in tuple(_unsettled):
+            _look(state)
+        graph.calls += 1
+        outer, _current.graph = _current.graph, graph
+        try:
+            return compiled(*args)
+        finally:
+            _current.graph = outer
+
+    return call
+
+
+def _allocate(device: torch.device) -> Tensor:
+    """Zeros that belong to no pool of a CUDA graph.
+
+    Inductor warms up a graph inside the graph's own pool, which holds for the thread
+    that does it; so another thread asks for the memory.
+    """
+    shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
+    if device.type != "cuda":
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+    made: list[Any] = []
+
+    def allocate() -> None:
+        with torch.cuda.device(device):
+            made.append(torch.zeros(shape, dtype=torch.float64, device=device))
+            made.append(torch.cuda.current_stream(device).record_event())
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    thread.join()
+    values, filled = made
+    torch.cuda.current_stream(device).wait_event(filled)
+    return values
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _look(state: _Site) -> None:
+    """Start the copy of a site's sums, or judge it if it has arrived."""
+    if _is_capturing(state.values.device) or not _lock.acquire(blocking=False):
+        return
+    try:
+        if state not in _unsettled:
+            return
+        if state.copy is None:
+            state.copy, state.event = _start_copies([state.values])
+        elif state.event is None or state.event.query():
+            energy = state.energy(state.copy[0])
+            state.copy = state.event = None
+            state.tries += 1
+            if energy.total or state.tries == TRIES:
+                _unsettled.remove(state)
+                _judge(energy, state.limit)
+    finally:
+        _lock.release()
+
+
+def _start_copies(values: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    """Copies of sums on one device, and the event behind them; None for a CPU."""
+    device = values[0].device
+    if device.type != "cuda":
+        return torch.stack(tuple(values)).cpu(), None
+    copies = torch.empty(
+        (len(values), *values[0].shape), dtype=torch.float64, pin_memory=True
+    )
+    with torch.cuda.device(device):
+        for copy, sums in zip(copies, values, strict=True):
+            copy.copy_(sums, non_blocking=True)
+        return copies, torch.cuda.current_stream(device).record_event()
+
+
+def _judge(energy: Energy, limit: float) -> None:
+    dropped = energy.dropped
+    if dropped is None or dropped <= limit:
+        return
+    log.warning(
+        "%s: 2:4 drops %.2f %% of the energy of its activation, more than "
+        "sparse.max_dropped_energy allows (%.2f %%): its product is off by about "
+        "%.0f %%. With a plan of inductor_sparse.calibrate() such sites stay dense; "
+        "raise the option if the model tolerates it",
+        energy.site,
+        100 * dropped,
+        100 * limit,
+        100 * math.sqrt(dropped),
+    )
+
+
+def read() -> list[Energy]:
+    """What every site has kept so far, in the order in which they were first met.
+
+    Read on a stream of its own: work that the device has not come to yet is not waited
+    for, and not counted.
+    """
+    with _lock:
+        states = list(_sites.values())
+    found: dict[_Site, Energy] = {}
+    for device in dict.fromkeys(state.values.device for state in states):
+        here = [state for state in states if state.values.device == device]
+        with _own_stream(device):
+            copies, event = _start_copies([state.values for state in here])
+        if event is not None:
+            event.synchronize()
+        for state, copy in zip(here, copies, strict=True):
+            found[state] = state.energy(copy)
+    return [found[state] for state in states]
+
+
+def _own_stream(device: torch.device) -> Any:
+    """A context in which copies from ``device`` wait for nothing that is queued."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+_library = torch.library.Library(ops.NAMESPACE, "IMPL")
+for _key in ("CPU", "CUDA"):
+    _library.impl("site_energy", site_energy, _key)

@@ -1,0 +1,127 @@
+"""Sites that drop too much are named once, and every site can be asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from inductor_sparse import config, ops
+from inductor_sparse.runtime import site_energy
+
+DOWN, UP = "layers.0.down:64x16", "layers.0.up:16x64"
+OP = torch.ops.inductor_sparse.site_energy
+ANCHOR = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_energy, "_sites", {})
+    monkeypatch.setattr(site_energy, "_unsettled", [])
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What has been logged as a warning so far."""
+    caplog.set_level(logging.WARNING, site_energy.log.name)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def kernel(site: str, kept: float, total: float, row: int = 3) -> Tensor:
+    """What a kernel of a site does: it adds to one row."""
+    energy = OP(ANCHOR, site)
+    energy[row] += torch.tensor([kept, total], dtype=torch.float64)
+    return energy
+
+
+def test_energies_are_kept_for_each_site() -> None:
+    energy = kernel(DOWN, 3, 4)
+    assert energy.shape == (ops.ENERGY_SLOTS, len(ops.ENERGY))
+    assert energy.dtype == torch.float64
+    kernel(UP, 1, 1)
+    kernel(DOWN, 3, 5, row=200)
+    down, up = site_energy.read()
+    assert down == site_energy.Energy(DOWN, "cpu", calls=2, kept=6.0, total=9.0)
+    assert up == site_energy.Energy(UP, "cpu", calls=1, kept=1.0, total=1.0)
+    assert down.dropped == pytest.approx(1 / 3)
+    assert up.dropped == 0
+
+
+@pytest.mark.parametrize("total", [0.0, math.inf, math.nan])
+def test_without_a_finite_energy_nothing_is_dropped(total: float) -> None:
+    assert site_energy.Energy(DOWN, "cpu", 1, 0.0, total).dropped is None
+
+
+def test_a_site_that_drops_too_much_is_named_once(
+    said: Callable[[], list[str]],
+) -> None:
+    with config.patch(max_dropped_energy=0.05):
+        for _ in range(5):
+            kernel(DOWN, 90, 100)
+            kernel(UP, 96, 100)
+    (message,) = said()
+    assert message.startswith(f"{DOWN}: 2:4 drops 10.00 % of the energy")
+    assert "sparse.max_dropped_energy allows (5.00 %)" in message
+    assert "off by about 32 %" in message
+    assert "inductor_sparse.calibrate()" in message
+
+
+def test_only_the_first_call_counts(said: Callable[[], list[str]]) -> None:
+    kernel(DOWN, 1000, 1000)
+    for _ in range(4):
+        kernel(DOWN, 0, 1000)
+    assert said() == []
+
+
+def test_a_graph_looks_after_its_sites(said: Callable[[], list[str]]) -> None:
+    calls: list[None] = []
+
+    def compiled() -> int:
+        # As a CUDA graph: from the second call on only the kernels run.
+        if not calls:
+            kernel(DOWN, 80, 100)
+        calls.append(None)
+        return len(calls)
+
+    graph = site_energy.observed(compiled, limit=0.1)
+    assert [graph() for _ in range(4)] == [1, 2, 3, 4]
+    (message,) = said()
+    assert "drops 20.00 %" in message
+    assert "allows (10.00 %)" in message
+    assert site_energy.read()[0].calls == 4
+
+
+def test_a_graph_that_fails_is_left(said: Callable[[], list[str]]) -> None:
+    def compiled() -> None:
+        kernel(DOWN, 80, 100)
+        raise ZeroDivisionError
+
+    graph = site_energy.observed(compiled, limit=1.0)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            graph()
+    kernel(UP, 1, 1)
+    down, up = site_energy.read()
+    assert (down.calls, up.calls) == (3, 1)
+    assert said() == []
+
+
+def test_a_site_that_adds_nothing_is_left_alone() -> None:
+    for _ in range(2 * site_energy.TRIES):
+        OP(ANCHOR, DOWN)
+    assert site_energy._unsettled != []
+    OP(ANCHOR, DOWN)
+    assert site_energy._unsettled == []
+
+
+def test_a_late_energy_is_judged(said: Callable[[], list[str]]) -> None:
+    for _ in range(4):
+        OP(ANCHOR, DOWN)
+    for _ in range(3):
+        kernel(DOWN, 50, 100)
+    (message,) = said()
+    assert "drops 50.00 %" in message
