@@ -107,7 +107,7 @@ def text(name: str, *helpers: str) -> str:
     return "\n\n".join(templates.load(f"triton/{part}.py.jinja") for part in parts)
 
 
-def helpertext() -> str:
+def helper_text() -> str:
     """The functions of the kernel: plain Triton, nothing of Inductor in it."""
     return text("activation_spmm_helpers")
 

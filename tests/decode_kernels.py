@@ -1,0 +1,159 @@
+"""The functions of the decode kernels in plain kernels: interpreted, or compiled.
+
+The text of each kernel's functions goes into a module of its own, with a kernel around
+them that stores what Inductor's template would hand to the epilogue.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from inductor_sparse.lowerings import activation_spmm_cuda, glu_spmm_cuda
+
+_SPMM = '''
+@triton.jit
+def spmm(
+    Z, W, Y, LIST, PARTIALS, TICKETS, M, K, N, stride_zm, stride_zk,
+    ACTIVATION: tl.constexpr, DOT_DTYPE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SPLITS: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+):
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    split = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(tl.cdiv(K, 16), SPLITS) * 16, LOCAL) * LOCAL
+    LIST += (tl.program_id(2) * SPLITS + split) * share
+    TICKETS += tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    acc = share_of_split(
+        Z, W, LIST, split, m, n, M, N, K, stride_zm, stride_zk, N,
+        ACTIVATION, SPLITS, LOCAL, BM, BN, ROWS, STAGES, DOT_DTYPE,
+    )
+    if hand_in(acc, PARTIALS, TICKETS, split, m, n, M, N, SPLITS):
+        total = sum_of_splits(PARTIALS, m, n, M, N, SPLITS, BM, BN, AT_ONCE)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        tl.store(Y + m[:, None] * N + n[None, :], total, mask=inside)
+'''
+
+_UP = '''
+@triton.jit
+def up(
+    GATE, X, W, H, M, F, D,
+    ACTIVATION: tl.constexpr, DOT_DTYPE: tl.constexpr, BM: tl.constexpr,
+    LOCAL: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    f = tl.program_id(0) * LOCAL + tl.arange(0, LOCAL)
+    hidden = hidden_of_share(
+        GATE, X, W, m, f, M, F, D, F, 1, D, 1, D, 1,
+        ACTIVATION, BM, LOCAL, BD, ROWS, STAGES, DOT_DTYPE,
+    )
+    inside = (m < M)[:, None] & (f < F)[None, :]
+    tl.store(H + m[:, None] * F + f[None, :], hidden, mask=inside)
+'''
+
+
+def module(folder: Path) -> types.ModuleType:
+    """The two kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
+    head = "import triton\nimport triton.language as tl\n\n\n"
+    texts = (glu_spmm_cuda.helper_text() + _UP, activation_spmm_cuda.helper_text())
+    path = folder / f"decode_kernels_{os.getpid()}.py"
+    path.write_text(head + "\n\n".join(texts) + _SPMM, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def run_spmm(
+    folder: Path, z: Tensor, w: Tensor, activation: str, **tile: int
+) -> tuple[Tensor, bool]:
+    """``act(z) @ w`` in float32, and whether every ticket is zero again."""
+    import triton.language as tl
+
+    (M, K), N = z.shape, w.shape[1]
+    made = activation_spmm_cuda.Tile(**{**_SMALL, **tile})
+    blocks, tiles = -(-M // made.BM), -(-N // made.BN)
+    share = -(-K // (16 * made.SPLITS)) * 16
+    share = -(-share // made.LOCAL) * made.LOCAL
+    listed = torch.full((blocks * made.SPLITS * share,), -1, dtype=torch.int32)
+    partials = torch.full((made.SPLITS, M, N), torch.nan)
+    tickets = torch.zeros(blocks * tiles, dtype=torch.int32)
+    y = torch.full((M, N), torch.nan)
+    kernels(folder).spmm[(tiles, made.SPLITS, blocks)](
+        *(z, w, y, listed, partials, tickets, M, K, N, *z.stride()),
+        ACTIVATION=activation,
+        # Numpy multiplies no bfloat16; products of them are exact in float32.
+        DOT_DTYPE=tl.float32,
+        **{k: v for k, v in vars(made).items() if k != "num_warps"},
+    )
+    return y, not tickets.any()
+
+
+def run_up(
+    folder: Path, gate: Tensor, x: Tensor, w: Tensor, activation: str, **tile: int
+) -> Tensor:
+    """The hidden values ``act(gate) * (x @ w.T)``."""
+    import triton.language as tl
+
+    (M, F), D = gate.shape, x.shape[1]
+    made = glu_spmm_cuda.UpTile(**{**_SMALL_UP, **tile})
+    hidden = torch.full((M, F), torch.nan, dtype=gate.dtype)
+    kernels(folder).up[(-(-F // made.LOCAL), -(-M // made.BM))](
+        *(gate, x, w, hidden, M, F, D),
+        ACTIVATION=activation,
+        DOT_DTYPE=tl.float32,
+        **{k: v for k, v in vars(made).items() if k != "num_warps"},
+    )
+    return hidden
+
+
+_SMALL = {
+    "BM": 1,
+    "BN": 32,
+    "SPLITS": 3,
+    "LOCAL": 32,
+    "ROWS": 16,
+    "STAGES": 1,
+    "AT_ONCE": 2,
+    "num_warps": 1,
+}
+_SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
+
+kernels = functools.cache(module)
+
+
+class Interpreter:
+    """A process in which Triton interprets: it has to know before it is imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        context = multiprocessing.get_context("spawn")
+        with patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
+            self.pool = ProcessPoolExecutor(1, mp_context=context)
+            self.pool.submit(os.getpid).result()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(folder, *args, **kwargs)`` as that process sees it."""
+        return self.pool.submit(function, self.folder, *args, **kwargs).result()
+
+
+@contextmanager
+def interpreter(folder: Path) -> Iterator[Interpreter]:
+    """An :class:`Interpreter`, ended afterwards."""
+    made = Interpreter(folder)
+    with made.pool:
+        yield made

@@ -1,0 +1,118 @@
+"""The decode kernels under Triton's interpreter, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import decode_kernels
+import pytest
+import torch
+from decode_kernels import Interpreter
+from torch import Tensor
+
+from inductor_sparse import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BM = {1: 1, 2: 2, 3: 4, 8: 8, 17: 16}
+
+
+@pytest.fixture(scope="module")
+def interpret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    with decode_kernels.interpreter(tmp_path_factory.mktemp("kernels")) as made:
+        yield made
+
+
+def sparse(*size: int, density: float = 0.3) -> Tensor:
+    z = torch.rand(size) + 0.1
+    return torch.where(torch.rand(size) < density, z, -z)
+
+
+def check(actual: Tensor, exact: Tensor, ulps: float, dtype: torch.dtype) -> None:
+    """``actual`` is within so many roundings of the largest value; NaN, Inf match."""
+    finite = exact.isfinite()
+    expected = exact[~finite].to(actual.dtype)
+    torch.testing.assert_close(actual[~finite], expected, equal_nan=True)
+    scale = exact[finite].abs().max().item() if finite.any() else 0.0
+    limit = ulps * torch.finfo(dtype).eps * scale
+    assert ((actual.double() - exact)[finite].abs() <= limit).all()
+
+
+def check_spmm(
+    interpret: Interpreter, z: Tensor, w: Tensor, activation: str, **tile: int
+) -> None:
+    a = reference.activation(z, activation)
+    exact = reference.activation_spmm(a.double(), w.double(), "identity")
+    tile = {"BM": BM.get(len(z), 16), **tile}
+    y, tickets_are_zero = interpret(
+        decode_kernels.run_spmm, z, w, activation, **tile
+    )
+    assert tickets_are_zero
+    # The interpreter rounds to bfloat16 towards zero: 2 roundings of a square.
+    check(y, exact, 16 if z.dtype == torch.float32 else 2, z.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu2"])
+@pytest.mark.parametrize("M", list(BM))
+def test_product(
+    interpret: Interpreter, M: int, activation: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(M)
+    z, w = sparse(M, 203).to(dtype), torch.randn(203, 77).to(dtype)
+    z[:, ::3] = 0.0
+    check_spmm(interpret, z, w, activation)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("M", [1, 3])
+def test_density(interpret: Interpreter, M: int, density: float) -> None:
+    torch.manual_seed(0)
+    z, w = sparse(M, 300, density=density), torch.randn(300, 40)
+    check_spmm(interpret, z, w, "relu")
+
+
+@pytest.mark.parametrize("tile", [(1, 16), (2, 64), (7, 16), (40, 32)])
+def test_any_way_of_dealing_the_neurons(
+    interpret: Interpreter, tile: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    splits, local = tile
+    z, w = sparse(1, 203), torch.randn(203, 33)
+    check_spmm(interpret, z, w, "relu2", SPLITS=splits, LOCAL=local, AT_ONCE=4)
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_zeros_touch_no_weight_and_nan_stays(interpret: Interpreter, M: int) -> None:
+    torch.manual_seed(0)
+    z, w = sparse(M, 100), torch.randn(100, 40)
+    w[7], w[8, 5] = torch.inf, torch.nan
+    z[:, 7:9], z[0, 9] = -0.0, torch.nan
+    check_spmm(interpret, z, w, "relu")
+    z[M - 1, 7] = 2.0
+    check_spmm(interpret, z, w, "relu")
+
+
+def test_strides_of_the_activation(interpret: Interpreter) -> None:
+    torch.manual_seed(0)
+    check_spmm(interpret, sparse(100, 2).t(), torch.randn(100, 40), "relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("M", list(BM))
+def test_hidden_values(
+    interpret: Interpreter, M: int, activation: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(M)
+    gate, x = sparse(M, 99).to(dtype), torch.randn(M, 77).to(dtype)
+    w = (torch.randn(99, 77) / 9).to(dtype)
+    w[3], gate[:, 3], gate[0, 5], gate[M - 1, 6] = torch.nan, -1.0, torch.nan, 0.0
+    rows = 4 if M == 1 else 16
+    hidden = interpret(
+        decode_kernels.run_up, gate, x, w, activation, BM=BM[M], ROWS=rows
+    )
+    a = reference.activation(gate, activation).double()
+    exact = torch.where(a == 0, 0.0, a * (x.double() @ w.double().t()))
+    check(hidden, exact, 16 if dtype == torch.float32 else 4, dtype)
+
+
