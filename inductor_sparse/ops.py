@@ -50,6 +50,10 @@ SCHEMAS: dict[str, str] = {
         "Tensor? energy=None) -> (Tensor, Tensor)"
     ),
     "quantize_rows": "(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    "quantized_weight": (
+        "(Tensor weight, SymInt[] size, SymInt[] stride, SymInt storage_offset, "
+        "ScalarType dtype) -> (Tensor, Tensor)"
+    ),
     "sparse24_mm": (
         "(Tensor values, Tensor metadata, Tensor w, Tensor? row_scale=None, "
         "Tensor? col_scale=None, *, ScalarType? out_dtype=None) -> Tensor"
@@ -298,6 +302,17 @@ def _fake_quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
+def _fake_quantized_weight(
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    reference.check_window(weight, size, stride, storage_offset)
+    return _fake_quantize_rows(weight.new_empty(size), dtype)
+
+
 def _fake_sparse24_mm(
     values: Tensor,
     metadata: Tensor,
@@ -372,68 +387,8 @@ def _save_row_major_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 
 def _row_major_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    shape, weight_stride = ctx.weight
-    size, stride, _ = ctx.window
-    # Such a window starts where the weight does: at any other offset it would leave it.
-    axes = _permutation(shape, weight_stride, size, stride)
-    if axes is not None:
-        grad_weight = grad.permute(axes)
-    else:
-        grad_weight = _scatter_window(grad, shape, weight_stride, ctx.window)
+    grad_weight = reference.window_gradient(grad, *ctx.weight, *ctx.window)
     return grad_weight, None, None, None, None
-
-
-def _permutation(
-    shape: Sequence[int],
-    weight_stride: Sequence[int],
-    size: Sequence[int],
-    stride: Sequence[int],
-) -> list[int] | None:
-    """The axes that turn a window back into the weight, if it merely reorders them."""
-    reach = 0
-    for step, n in sorted(zip(weight_stride, shape, strict=True)):
-        if n > 1 and step <= reach:
-            return None  # elements of the weight share memory
-        reach += (n - 1) * step
-    axes = list(range(len(size)))
-    found = []
-    for n, step in zip(shape, weight_stride, strict=True):
-        match = [a for a in axes if size[a] == n and stride[a] == step]
-        if not match:
-            return None
-        axes.remove(match[0])
-        found.append(match[0])
-    return None if axes else found
-
-
-def _memory_index(
-    size: Sequence[int], stride: Sequence[int], device: torch.device
-) -> Tensor:
-    """For each element of a strided tensor, its distance in memory from the first."""
-    index = torch.zeros((1,) * len(size), dtype=torch.int64, device=device)
-    for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
-        line = torch.arange(n, device=device) * step
-        index = index + line.view([-1 if a == axis else 1 for a in range(len(size))])
-    return index.expand(size)
-
-
-def _scatter_window(
-    grad: Tensor,
-    shape: Sequence[int],
-    weight_stride: Sequence[int],
-    window: tuple[Sequence[int], Sequence[int], int],
-) -> Tensor:
-    """The gradient of ``as_strided``: overlaps of the window add up.
-
-    Elements of the weight that share memory share its gradient equally, as in torch.
-    """
-    size, stride, storage_offset = window
-    extent = reference.strided_extent(shape, weight_stride)
-    to = _memory_index(shape, weight_stride, grad.device).reshape(-1)
-    source = _memory_index(size, stride, grad.device).reshape(-1) + storage_offset
-    memory = grad.new_zeros(extent).index_add(0, source, grad.reshape(-1))
-    sharing = grad.new_zeros(extent).index_add(0, to, grad.new_ones(to.shape))
-    return (memory[to] / sharing[to]).view(shape)
 
 
 def _no_gradient(op: str) -> Callable[..., NoReturn]:
@@ -491,6 +446,7 @@ _register(
 )
 for _eager, _fake in (
     (site_energy, site_energy),
+    (reference.quantized_weight, _fake_quantized_weight),
     (sparsify24, _fake_sparsify24),
     (sparsify24_quantized, _fake_sparsify24_quantized),
     (linear_sparsify24, _fake_linear_sparsify24),

@@ -54,6 +54,7 @@ from inductor_sparse.reference.matmul import (
 )
 from inductor_sparse.reference.quantized import quantize_rows, sparsify24_quantized
 from inductor_sparse.reference.selection import density, dropped_energy, sparsify24
+from inductor_sparse.reference.windows import quantized_weight, window_gradient
 
 __all__ = [
     "ACTIVATIONS",
@@ -82,10 +83,12 @@ __all__ = [
     "dropped_energy",
     "glu_spmm",
     "quantize_rows",
+    "quantized_weight",
     "result_dtype24",
     "row_major_weight",
     "sparse24_mm",
     "sparsify24",
     "sparsify24_quantized",
     "strided_extent",
+    "window_gradient",
 ]
