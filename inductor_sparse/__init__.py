@@ -5,6 +5,7 @@ here is for looking at what it did and for helping it:
 
 - :func:`explain` compiles a model, runs it once, and says how each site ended;
 - :func:`calibrate` measures a model on batches and writes a plan for ``sparse.plan``;
+- :func:`report` says what the sites of this process dropped while they ran;
 - :func:`prepare` stores weights so that no second copy of them is needed;
 - :func:`inductor_configs` gives the same passes to AOTInductor;
 - :mod:`config`, :mod:`decisions` and :mod:`errors` are the options, the reasons and the
@@ -21,7 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inductor_sparse import config, decisions, errors
+    from inductor_sparse import config, decisions, errors, report
     from inductor_sparse.backend import inductor_configs
     from inductor_sparse.report.calibrate import calibrate
     from inductor_sparse.report.explain import explain
@@ -38,9 +39,10 @@ __all__ = [
     "explain",
     "inductor_configs",
     "prepare",
+    "report",
 ]
 
-_SUBMODULES = ("config", "decisions", "errors")
+_SUBMODULES = ("config", "decisions", "errors", "report")
 _HOME_OF = {
     "calibrate": "inductor_sparse.report.calibrate",
     "explain": "inductor_sparse.report.explain",

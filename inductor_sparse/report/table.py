@@ -11,7 +11,7 @@ from inductor_sparse.decisions import Decision, Status
 HEADERS = ("site", "MxKxN", "dtype", "density", "2:4 drops", "gain", "decision")
 RIGHT_ALIGNED = frozenset({"density", "2:4 drops", "gain"})
 
-_UNKNOWN = "-"
+UNKNOWN = "-"
 _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB")
 
 
@@ -33,11 +33,9 @@ def row(decision: Decision) -> Row:
         decision.module or decision.source or decision.site,
         shapes,
         decision.dtype.removeprefix("torch."),
-        _percent(decision.density),
-        _percent(decision.dropped_energy),
-        _UNKNOWN
-        if decision.expected_gain is None
-        else f"{decision.expected_gain:.2f}x",
+        percent(decision.density),
+        percent(decision.dropped_energy),
+        UNKNOWN if decision.expected_gain is None else f"{decision.expected_gain:.2f}x",
         "sparse" if applied else reason,
     )
     rule = f"{decision.rule} ({decision.tier.value})" if decision.rule else ""
@@ -84,5 +82,6 @@ def _reasons(decisions: Sequence[Decision]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def _percent(fraction: float | None) -> str:
-    return _UNKNOWN if fraction is None else f"{fraction * 100:.1f} %"
+def percent(fraction: float | None) -> str:
+    """A fraction for a cell: ``"3.4 %"``, or a dash if it is not known."""
+    return UNKNOWN if fraction is None else f"{fraction * 100:.1f} %"
