@@ -1,0 +1,156 @@
+// What printed epilogues call: loads, stores, conversions, and arithmetic that C++ has
+// no function for.  No header is included: the text goes through NVRTC, behind a kernel
+// of its own.  The other branch of each #ifdef lets a host compiler run the same code.
+#ifndef __CUDACC__
+#include <cmath>
+#include <cstring>
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#endif
+
+namespace epilogue {
+
+struct bfloat16 { unsigned short bits; };
+struct float16 { unsigned short bits; };
+struct e4m3 { unsigned char bits; };
+
+template <typename T> struct Two { T left, right; };
+template <typename T> struct alignas(2 * sizeof(T)) Adjacent { T left, right; };
+
+#ifdef __CUDACC__
+
+static __device__ __forceinline__ float from_bits(unsigned bits) { return __uint_as_float(bits); }
+static __device__ __forceinline__ float decode(float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+static __device__ __forceinline__ float decode(e4m3 x) {
+  unsigned halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((unsigned short)x.bits));
+  return decode(float16{(unsigned short)halves});
+}
+static __device__ __forceinline__ void encode(bfloat16& to, float x) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+}
+static __device__ __forceinline__ void encode(float16& to, float x) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+}
+static __device__ __forceinline__ void encode(e4m3& to, float x) {
+  unsigned short bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(0.0f), "f"(x));
+  to.bits = (unsigned char)bits;
+}
+static __device__ __forceinline__ float maximum(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+static __device__ __forceinline__ float minimum(float x, float y) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(x), "f"(y));
+  return smaller;
+}
+static __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+
+#else
+
+inline float from_bits(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float decode(float16 x) {
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return (float)half;
+}
+inline float decode(e4m3 x) {
+  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+  const float size = exponent == 15 && mantissa == 7 ? NAN
+      : exponent == 0 ? std::ldexp((float)mantissa, -9)
+                      : std::ldexp(8.0f + mantissa, exponent - 10);
+  return x.bits & 128 ? -size : size;
+}
+inline void encode(bfloat16& to, float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  to.bits = x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline void encode(float16& to, float x) {
+  const _Float16 half = (_Float16)x;
+  std::memcpy(&to.bits, &half, 2);
+}
+inline void encode(e4m3& to, float x) {
+  const float size = std::fabs(x);
+  unsigned bits;
+  if (x != x) {
+    bits = 127;
+  } else if (size > 448.0f) {
+    bits = 126;
+  } else if (size < 0.015625f) {
+    bits = (unsigned)std::nearbyint(size * 512.0f);
+  } else {
+    int exponent;
+    const float fraction = std::frexp(size, &exponent);
+    bits = (unsigned)std::nearbyint(fraction * 16.0f) + (unsigned)(exponent + 5) * 8;
+  }
+  to.bits = bits | (std::signbit(x) ? 128u : 0u);
+}
+inline float maximum(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
+inline float minimum(float x, float y) { return x != x ? x : y != y ? y : x < y ? x : y; }
+inline float rounded_product(float x, float y) { return x * y; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+#endif
+
+static __device__ __forceinline__ float decode(bfloat16 x) { return from_bits((unsigned)x.bits << 16); }
+template <typename T> static __device__ __forceinline__ T decode(T x) { return x; }
+template <typename T, typename V> static __device__ __forceinline__ void encode(T& to, V x) { to = (T)x; }
+
+// The value that remains of x in a buffer of type T.
+template <typename T> static __device__ __forceinline__ float rounded(float x) {
+  T stored;
+  encode(stored, x);
+  return decode(stored);
+}
+
+template <typename T>
+static __device__ __forceinline__ T maximum(T x, T y) { return x > y ? x : y; }
+template <typename T>
+static __device__ __forceinline__ T minimum(T x, T y) { return x < y ? x : y; }
+static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// Outside the output nothing is loaded; the value is 0.
+template <typename T>
+static __device__ __forceinline__ auto load(const T* p, long long at, bool ok) -> decltype(decode(*p)) {
+  return ok ? decode(p[at]) : decltype(decode(*p))(0);
+}
+template <typename T>
+static __device__ __forceinline__ auto load2(const T* p, long long at, bool ok0, bool ok1)
+    -> Two<decltype(decode(*p))> {
+  if (ok1) {
+    const Adjacent<T> both = *reinterpret_cast<const Adjacent<T>*>(p + at);
+    return {decode(both.left), decode(both.right)};
+  }
+  return {load(p, at, ok0), decltype(decode(*p))(0)};
+}
+template <typename T, typename V>
+static __device__ __forceinline__ void store(T* p, long long at, V value, bool ok) {
+  if (ok) encode(p[at], value);
+}
+template <typename T, typename V>
+static __device__ __forceinline__ void store2(
+    T* p, long long at, V left, V right, bool ok0, bool ok1) {
+  if (ok1) {
+    Adjacent<T> both;
+    encode(both.left, left);
+    encode(both.right, right);
+    *reinterpret_cast<Adjacent<T>*>(p + at) = both;
+  } else {
+    store(p, at, left, ok0);
+  }
+}
+
+}  // namespace epilogue
