@@ -1,9 +1,8 @@
 """The few calls of the CUDA driver that launching a kernel takes.
 
-They go through ``cuda.bindings``, with two exceptions that take addresses prepared
-beforehand: a tensor map has to lie at an aligned address, which an object of the
-bindings does not, and a launch should cost no more than it must.  The bindings are
-asked for the entry points of those.
+They go through ``cuda.bindings``, except that a tensor map has to lie at an aligned
+address, which an object of the bindings does not: of that function only the entry point
+comes from there.
 
 Every function raises :class:`SparseKernelError` with the driver's own words.
 """
@@ -35,14 +34,6 @@ _EncodeTiled = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint32),  # strides in elements
     *[ctypes.c_int] * 4,  # interleave, swizzle, L2 promotion, fill
 )
-_Launch = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.c_void_p,  # the kernel
-    *[ctypes.c_uint] * 7,  # grid, block, bytes of dynamic shared memory
-    ctypes.c_void_p,  # stream
-    ctypes.c_void_p,  # addresses of the arguments
-    ctypes.c_void_p,  # options
-)
 
 
 @functools.cache
@@ -73,17 +64,24 @@ def _checked(what: str, result: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def _entry_point(symbol: bytes, prototype: Any) -> Callable[..., int]:
+def _encoder() -> Callable[..., int]:
     address, _ = _checked(
-        f"looking up {symbol.decode()}",
-        _bindings().cuGetProcAddress(symbol, _ENTRY_POINT_VERSION, 0),
+        "looking up cuTensorMapEncodeTiled",
+        _bindings().cuGetProcAddress(
+            b"cuTensorMapEncodeTiled", _ENTRY_POINT_VERSION, 0
+        ),
     )
-    return prototype(int(address))
+    return _EncodeTiled(int(address))
 
 
-def launcher() -> Callable[..., int]:
-    """``cuLaunchKernel`` as a function of plain numbers; it returns its status."""
-    return _entry_point(b"cuLaunchKernel", _Launch)
+def launcher() -> Callable[..., tuple[Any]]:
+    """``cuLaunchKernel``; it returns its status in a tuple."""
+    return _bindings().cuLaunchKernel
+
+
+def stream_handle(stream: int) -> Any:
+    """A stream as :func:`launcher` takes it most quickly."""
+    return _bindings().CUstream(stream)
 
 
 def encode_tiled(
@@ -106,7 +104,7 @@ def encode_tiled(
         box: what one copy moves, in the order of ``sizes``.
         modes: interleave, swizzle, L2 promotion and fill, by their numbers.
     """
-    code = _entry_point(b"cuTensorMapEncodeTiled", _EncodeTiled)(
+    code = _encoder()(
         map_address,
         element_type,
         2,
@@ -153,8 +151,8 @@ def make_context_current(device: int) -> None:
         _checked("setting the context", driver.cuCtxSetCurrent(context))
 
 
-def load(name: str, cubin: bytes, shared_bytes: int) -> int:
-    """Load a cubin into the current context and return the handle of its kernel.
+def load(name: str, cubin: bytes, shared_bytes: int) -> Any:
+    """Load a cubin into the current context and return its kernel for a launch.
 
     It stays loaded for the life of the process.  Loading is allowed while a CUDA graph
     is being captured, because it enqueues nothing.
@@ -184,4 +182,4 @@ def load(name: str, cubin: bytes, shared_bytes: int) -> int:
         )
     finally:
         driver.cuThreadExchangeStreamCaptureMode(mode)
-    return int(function)
+    return function

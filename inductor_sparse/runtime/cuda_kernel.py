@@ -65,12 +65,15 @@ class ArgumentBuffer:
 class _Launcher:
     """A kernel on one device, with the buffer of one thread."""
 
-    def __init__(self, kernel: CudaKernel, device: int, function: int) -> None:
+    def __init__(self, kernel: CudaKernel, device: int, function: Any) -> None:
         self.kernel = kernel
         self.device = device
         self._buffer = ArgumentBuffer(kernel.signature)
-        self._numbers = (function, kernel.blocks(device), 1, 1, kernel.threads, 1, 1)
+        block = (kernel.threads, 1, 1)
+        grid = (kernel.blocks(device), 1, 1)
+        self._shape = (function, *grid, *block, kernel.shared_bytes)
         self._launch = cuda_driver.launcher()
+        self._streams: dict[int, Any] = {}
         self._pointers = kernel.positions("pointer")
         self._maps = tuple(zip(kernel.positions("map"), kernel.map_caches, strict=True))
 
@@ -102,11 +105,13 @@ class _Launcher:
             buffer.fill(values)
         except struct.error as error:
             raise kernel.error(args, f"{error} ({kernel.signature})") from None
-        code = self._launch(
-            *self._numbers, kernel.shared_bytes, stream, buffer.address, None
-        )
-        if code:
-            raise kernel.error(args, f"launch failed: {cuda_driver.message(code)}")
+        handle = self._streams.get(stream)
+        if handle is None:
+            handle = self._streams[stream] = cuda_driver.stream_handle(stream)
+        (status,) = self._launch(*self._shape, handle, buffer.address, 0)
+        if int(status) != 0:
+            problem = f"launch failed: {cuda_driver.message(int(status))}"
+            raise kernel.error(args, problem)
 
 
 class _PerThread(threading.local):
@@ -185,7 +190,7 @@ class CudaKernel:
         tensors = (*self.positions("pointer"), *self.positions("map"))
         self._tensor_positions = sorted(tensors)
         self.map_caches = tuple(MapCache(spec) for spec in self.maps)
-        self._functions: dict[int, int] = {}
+        self._functions: dict[int, Any] = {}
         self._cubin: bytes | None = None
         self._lock = threading.Lock()
         self._here = _PerThread()
@@ -276,7 +281,7 @@ class CudaKernel:
         self._here.launchers[device] = launcher
         return launcher
 
-    def _function(self, device: int) -> int:
+    def _function(self, device: int) -> Any:
         function = self._functions.get(device)
         if function is not None:
             return function

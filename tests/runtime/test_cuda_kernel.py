@@ -55,6 +55,7 @@ class Machine:
             "encode_tiled": lambda *args: None,
             "load": self.load,
             "launcher": lambda: self.launch,
+            "stream_handle": lambda stream: stream,
             "message": lambda code: f"CUDA_ERROR_{code}",
         }
         for name, fake in fakes.items():
@@ -78,10 +79,10 @@ class Machine:
         self.loads.append(self.current)
         return 1000 + self.current
 
-    def launch(self, function: int, *rest: Any) -> int:
+    def launch(self, function: int, *rest: Any) -> tuple[int]:
         assert function == 1000 + self.current
         self.launches.append(rest)
-        return self.status
+        return (self.status,)
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_a_launch(machine: Machine) -> None:
     kernel().run(*tensors(), *NUMBERS, stream=55)
     ((*grid_and_block, shared, stream, address, extra),) = machine.launches
     assert grid_and_block == [132, 1, 1, 384, 1, 1]  # whole clusters of 2
-    assert (shared, stream, extra) == (1024, 55, None)
+    assert (shared, stream, extra) == (1024, 55, 0)
     assert address
 
 
@@ -182,10 +183,10 @@ def test_a_missing_pointer_is_null(machine: Machine) -> None:
     pointers = kernel(signature=("pointer", "pointer"), maps=())
     seen = []
 
-    def launch(*args: Any) -> int:
+    def launch(*args: Any) -> tuple[int]:
         first, _ = (ctypes.c_void_p * 2).from_address(args[-2])
         seen.append(ctypes.c_uint64.from_address(first).value)
-        return 0
+        return (0,)
 
     machine.launch = launch  # type: ignore[method-assign]
     pointers.run(None, tensors()[0], stream=0)
