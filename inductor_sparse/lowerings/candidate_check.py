@@ -11,6 +11,7 @@ at.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -121,10 +122,16 @@ def _unpacked_rows(
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Largest error as a fraction of the largest expected value; NaN counts as inf."""
-    scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    error = (result.double() - expected).abs().max() / scale
-    return float(torch.nan_to_num(error, nan=float("inf")))
+    """Largest error as a fraction of the largest expected value; NaN counts as inf.
+
+    What is beyond the range of the result's dtype is expected to be infinite.
+    """
+    limit = torch.finfo(result.dtype).max
+    found = result.double().clamp(-limit, limit)
+    wanted = expected.clamp(-limit, limit)
+    scale = wanted.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    error = float((found - wanted).abs().max() / scale)
+    return math.inf if math.isnan(error) else error
 
 
 def tolerance(out_dtype: torch.dtype) -> float:

@@ -1,10 +1,10 @@
 """Which tile of the Hopper kernel suits a product, by the time it is expected to take.
 
 The grid is persistent, so time is quantised: every cluster of CTAs works through the
-same number of tiles but for the last, partial round.  Within a tile the shared memory
-of a multiprocessor is the limit: each ``wgmma`` reads its tile of ``w`` for only 64
-rows, so a step along K takes as many cycles as it takes to read the operands; a small
-tile also has to fetch more from L2 for each multiplication.
+same number of tiles but for the last, partial round, and a round takes as long with one
+tile in it as with all.  Small tiles waste less of the last round; large ones are faster
+for each element, because what ``wgmma`` reads from shared memory, which is the limit,
+serves more of them.
 
 Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction.
 """
@@ -36,22 +36,23 @@ _NARROW = (
     TileConfig(m64=1, block_n=64, stages=8, cluster=1),
 )
 
-_SHARED_READ = 128
-"""Bytes that a multiprocessor reads from shared memory in a cycle."""
+_STEP_NS: dict[tuple[int, int, int], tuple[float, float]] = {
+    (128, 256, 2): (377.0, 459.0),
+    (256, 128, 2): (416.0, 664.0),
+    (128, 192, 2): (304.0, 419.0),
+    (128, 128, 2): (259.0, 402.0),
+    (128, 256, 1): (570.0, 590.0),
+    (128, 128, 1): (346.0, 397.0),
+    (128, 64, 1): (244.0, 384.0),
+}
+"""(rows, columns, cluster) -> nanoseconds of a step along K, for 16-bit and for 8-bit
+operands: measured on an H200 where every multiprocessor had work, K = 16384."""
 
-_L2_READ = 40
-"""Bytes that a multiprocessor gets from L2 in a cycle when all of them read."""
+_TILE_NS = 1500.0
+"""Of each tile, whatever K is: the first stages and the epilogue."""
 
-_TENSOR_EFFICIENCY = 0.85
-"""Measured share of the rate that the shared memory allows, at large K."""
-
-_TILE_CYCLES = 4000
-"""Of each tile, whatever K is: filling the ring, and the epilogue of 128 x 256."""
-
-_CLOCK_HZ = 1.5e9
-"""The clock under a load that takes all the power there is."""
-
-_LAUNCH_SECONDS = 4e-6
+_PRODUCT_NS = 7000.0
+"""Of each product, whatever its size."""
 
 
 def tiles(dtype: torch.dtype, b_order: str = "k") -> tuple[TileConfig, ...]:
@@ -68,16 +69,6 @@ def tiles(dtype: torch.dtype, b_order: str = "k") -> tuple[TileConfig, ...]:
     if b_order == "k":
         return table
     return tuple(tile for tile in table if tile.block_n % (64 * tile.cluster) == 0)
-
-
-def step_cycles(tile: TileConfig) -> float:
-    """Cycles of a step along K: 128 bytes of every column of ``w``."""
-    w_bytes, values_bytes = tile.block_n * 128, tile.block_m * 64
-    groups = tile.block_m // 64
-    reads = groups * w_bytes + values_bytes
-    shared = reads / _SHARED_READ / _TENSOR_EFFICIENCY
-    fetched = w_bytes / tile.cluster + values_bytes
-    return max(shared, fetched / _L2_READ)
 
 
 def rounds(tile: TileConfig, M: int, N: int, multiprocessors: int) -> int:
@@ -102,9 +93,9 @@ def expected_seconds(
         multiprocessors: of the device.
     """
     steps = math.ceil(K * itemsize / 128)
-    fixed = _TILE_CYCLES * (0.5 + 0.5 * tile.block_m * tile.block_n / (128 * 256))
-    cycles = steps * step_cycles(tile) + fixed
-    return rounds(tile, M, N, multiprocessors) * cycles / _CLOCK_HZ + _LAUNCH_SECONDS
+    wide, narrow = _STEP_NS[tile.block_m, tile.block_n, tile.cluster]
+    tile_ns = steps * (narrow if itemsize == 1 else wide) + _TILE_NS
+    return (rounds(tile, M, N, multiprocessors) * tile_ns + _PRODUCT_NS) * 1e-9
 
 
 def best_tile(

@@ -89,3 +89,10 @@ def test_nan_is_an_infinite_error() -> None:
     expected = torch.ones(2, 2, dtype=torch.float64)
     result = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])
     assert check.relative_error(result, expected) == float("inf")
+
+
+def test_what_overflows_is_expected_to() -> None:
+    expected = torch.tensor([[1e5, -1e6, 3e4]], dtype=torch.float64)
+    assert check.relative_error(expected.half(), expected) < 1e-3
+    wrong = torch.tensor([[1e5, -1e6, 1e5]]).half()
+    assert check.relative_error(wrong, expected) > 0.1
