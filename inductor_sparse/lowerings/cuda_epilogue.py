@@ -212,7 +212,10 @@ class EpiloguePrinter:
         )
 
     def _adjacent(self, name: str, index: sympy.Expr) -> bool:
-        aligned = name not in V.graph.unaligned_buffers
+        layout = V.graph.get_buffer(name).get_layout()
+        aligned = name not in V.graph.unaligned_buffers and not isinstance(
+            layout, ir.NonOwningLayout
+        )
         return aligned and where.adjacent(index)
 
     def index_text(self, index: sympy.Expr) -> str:

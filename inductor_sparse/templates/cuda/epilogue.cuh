@@ -20,39 +20,39 @@ template <typename T> struct alignas(2 * sizeof(T)) Adjacent { T left, right; };
 
 #ifdef __CUDACC__
 
-static __device__ __forceinline__ float from_bits(unsigned bits) { return __uint_as_float(bits); }
-static __device__ __forceinline__ float decode(float16 x) {
+__device__ __forceinline__ float from_bits(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ float decode(float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-static __device__ __forceinline__ float decode(e4m3 x) {
+__device__ __forceinline__ float decode(e4m3 x) {
   unsigned halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((unsigned short)x.bits));
   return decode(float16{(unsigned short)halves});
 }
-static __device__ __forceinline__ void encode(bfloat16& to, float x) {
+__device__ __forceinline__ void encode(bfloat16& to, float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 }
-static __device__ __forceinline__ void encode(float16& to, float x) {
+__device__ __forceinline__ void encode(float16& to, float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 }
-static __device__ __forceinline__ void encode(e4m3& to, float x) {
+__device__ __forceinline__ void encode(e4m3& to, float x) {
   unsigned short bits;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(0.0f), "f"(x));
   to.bits = (unsigned char)bits;
 }
-static __device__ __forceinline__ float maximum(float x, float y) {
+__device__ __forceinline__ float maximum(float x, float y) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
   return larger;
 }
-static __device__ __forceinline__ float minimum(float x, float y) {
+__device__ __forceinline__ float minimum(float x, float y) {
   float smaller;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(x), "f"(y));
   return smaller;
 }
-static __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 
 #else
 
@@ -105,30 +105,30 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 #endif
 
-static __device__ __forceinline__ float decode(bfloat16 x) { return from_bits((unsigned)x.bits << 16); }
-template <typename T> static __device__ __forceinline__ T decode(T x) { return x; }
-template <typename T, typename V> static __device__ __forceinline__ void encode(T& to, V x) { to = (T)x; }
+__device__ __forceinline__ float decode(bfloat16 x) { return from_bits((unsigned)x.bits << 16); }
+template <typename T> __device__ __forceinline__ T decode(T x) { return x; }
+template <typename T, typename V> __device__ __forceinline__ void encode(T& to, V x) { to = (T)x; }
 
 // The value that remains of x in a buffer of type T.
-template <typename T> static __device__ __forceinline__ float rounded(float x) {
+template <typename T> __device__ __forceinline__ float rounded(float x) {
   T stored;
   encode(stored, x);
   return decode(stored);
 }
 
 template <typename T>
-static __device__ __forceinline__ T maximum(T x, T y) { return x > y ? x : y; }
+__device__ __forceinline__ T maximum(T x, T y) { return x > y ? x : y; }
 template <typename T>
-static __device__ __forceinline__ T minimum(T x, T y) { return x < y ? x : y; }
-static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ T minimum(T x, T y) { return x < y ? x : y; }
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Outside the output nothing is loaded; the value is 0.
 template <typename T>
-static __device__ __forceinline__ auto load(const T* p, long long at, bool ok) -> decltype(decode(*p)) {
+__device__ __forceinline__ auto load(const T* p, long long at, bool ok) -> decltype(decode(*p)) {
   return ok ? decode(p[at]) : decltype(decode(*p))(0);
 }
 template <typename T>
-static __device__ __forceinline__ auto load2(const T* p, long long at, bool ok0, bool ok1)
+__device__ __forceinline__ auto load2(const T* p, long long at, bool ok0, bool ok1)
     -> Two<decltype(decode(*p))> {
   if (ok1) {
     const Adjacent<T> both = *reinterpret_cast<const Adjacent<T>*>(p + at);
@@ -137,11 +137,11 @@ static __device__ __forceinline__ auto load2(const T* p, long long at, bool ok0,
   return {load(p, at, ok0), decltype(decode(*p))(0)};
 }
 template <typename T, typename V>
-static __device__ __forceinline__ void store(T* p, long long at, V value, bool ok) {
+__device__ __forceinline__ void store(T* p, long long at, V value, bool ok) {
   if (ok) encode(p[at], value);
 }
 template <typename T, typename V>
-static __device__ __forceinline__ void store2(
+__device__ __forceinline__ void store2(
     T* p, long long at, V left, V right, bool ok0, bool ok1) {
   if (ok1) {
     Adjacent<T> both;

@@ -1,0 +1,160 @@
+"""An op with the smallest CUDA C++ kernel there is: for tests of what is fused into it.
+
+``small_cuda_op::mm(a, b)`` is ``a @ b`` in float32, rounded to the dtype of ``a``.
+:func:`on_cpu` compiles a generated kernel for the CPU and runs it there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from fake_cuda import Generated
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.select_algorithm import realize_inputs
+
+from inductor_sparse.lowerings import common
+from inductor_sparse.lowerings.cuda_epilogue import PrintedEpilogue
+from inductor_sparse.lowerings.cuda_epilogue_ops import MEMORY_TYPES
+from inductor_sparse.lowerings.cuda_template import (
+    CudaLaunch,
+    CudaTemplateBuffer,
+    wrapper_can_launch,
+)
+
+_library = torch.library.Library("small_cuda_op", "DEF")
+_library.define("mm(Tensor a, Tensor b) -> Tensor")
+
+
+def _meta(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _eager(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() @ b.float()).to(a.dtype)
+
+
+torch.library.register_fake("small_cuda_op::mm", _meta, lib=_library)
+_library.impl("mm", _eager, "CPU")
+_library.impl("mm", _eager, "CUDA")
+mm = torch.ops.small_cuda_op.mm.default
+
+_SOURCE = """{code}
+extern "C" __global__ void small_mm(
+    const {dtype}* a, const {dtype}* b, const long long M, const long long N,
+    const long long K{primary_param}{params}) {{
+  const long long pairs = M * ((N + 1) / 2);
+  const long long step = (long long)gridDim.x * blockDim.x;
+  for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < pairs;
+       at += step) {{
+    const long long m = at / ((N + 1) / 2), n = at % ((N + 1) / 2) * 2;
+    const bool ok0 = true, ok1 = n + 1 < N;
+    float acc0 = 0.0f, acc1 = 0.0f;
+    for (long long k = 0; k < K; k++) {{
+      acc0 += epilogue::decode(a[m * K + k]) * epilogue::decode(b[k * N + n]);
+      if (ok1) acc1 += epilogue::decode(a[m * K + k]) * epilogue::decode(b[k * N + n + 1]);
+    }}
+    {body}
+    {primary_store}
+  }}
+}}
+"""
+
+
+def _render(a: ir.IRNode, b: ir.IRNode, epilogue: PrintedEpilogue) -> CudaLaunch:
+    from inductor_sparse import templates
+
+    primary_param = primary_store = ""
+    arguments = [a, b, a.get_size()[0], b.get_size()[1], b.get_size()[0]]
+    signature = ["pointer", "pointer", "int64", "int64", "int64"]
+    if epilogue.primary_buffer is not None:
+        kind = MEMORY_TYPES[epilogue.out_dtype]
+        primary_param = f", {kind}* primary"
+        primary_store = (
+            "epilogue::store2(primary, m * N + n, (float)"
+            f"{epilogue.primary0}, (float){epilogue.primary1}, ok0, ok1);"
+        )
+        arguments.append(epilogue.primary_buffer)
+        signature.append("pointer")
+    source = _SOURCE.format(
+        code=epilogue.code or templates.load("cuda/epilogue.cuh"),
+        dtype=MEMORY_TYPES[a.get_dtype()],
+        params="".join(f", {param}" for param in epilogue.params),
+        body=epilogue.body.replace("\n", "\n    "),
+        primary_param=primary_param,
+        primary_store=primary_store,
+    )
+    return CudaLaunch(
+        "small_mm", source, tuple(signature), tuple(arguments), threads=128, grid=64
+    )
+
+
+def _lowering(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:
+    if not wrapper_can_launch() or a.get_device().type != "cuda":
+        return common.fallback(mm)(a, b)
+    a, b = (common.require_contiguous(tensor) for tensor in realize_inputs(a, b))
+    size = [a.get_size()[0], b.get_size()[1]]
+    layout = ir.FixedLayout(a.get_device(), a.get_dtype(), size)
+    buffer = CudaTemplateBuffer(layout, [a, b], lambda text: _render(a, b, text))
+    return ir.TensorBox.create(buffer)
+
+
+def register() -> None:
+    """Register the lowering with Inductor; calling it again changes nothing."""
+    common.register(mm, _lowering)
+
+
+_HOST = """
+#define __global__
+struct Three { long long x, y, z; };
+static Three blockIdx = {0, 0, 0}, threadIdx = {0, 0, 0}, blockDim = {1, 1, 1},
+             gridDim = {1, 1, 1};
+"""
+
+
+def on_cpu(generated: Generated, folder: Path, *inputs: Tensor) -> list[Tensor]:
+    """The buffers that the one kernel of ``generated`` writes, computed on the CPU.
+
+    ``inputs`` are real CPU tensors for the graph's inputs, in order.
+    """
+    code = generated.code
+    (call,) = re.findall(r"(small_mm_\d+)\.run\((.*?), stream=", code)
+    tensors = {f"arg{at}_1": tensor for at, tensor in enumerate(inputs)}
+    wanted: list[Tensor] = []
+    buffers = re.findall(
+        r"(buf\d+) = empty_strided_cuda\((\(.*?\)), (\(.*?\)), (torch\.\w+)\)", code
+    )
+    sizes = dict(re.findall(r"^ +(s\d+) = (arg\d+_1_size\[\d\])", code, re.M))
+    known = {
+        name: tensors[source.split("_size")[0]].shape[int(source[-2])]
+        for name, source in sizes.items()
+    }
+    for name, size, stride, dtype in buffers:
+        tensors[name] = torch.empty_strided(
+            eval(size, known), eval(stride, known), dtype=eval(dtype)
+        )
+        wanted.append(tensors[name])
+    values = [eval(text, dict(tensors) | known) for text in call[1].split(", ")]
+    _run(generated, call[0], folder, values)
+    return wanted
+
+
+def _run(generated: Generated, name: str, folder: Path, values: list[object]) -> None:
+    from fake_cuda import cuda_sources
+
+    path = folder / "kernel.cpp"
+    path.write_text(_HOST + cuda_sources(generated.code)[name], encoding="utf-8")
+    library = path.with_suffix(".so")
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o"]
+    subprocess.run([*command, str(library), str(path)], check=True)
+    arguments = [
+        ctypes.c_void_p(value.data_ptr())
+        if isinstance(value, Tensor)
+        else ctypes.c_longlong(int(value))
+        for value in values
+    ]
+    getattr(ctypes.CDLL(str(library)), name)(*arguments)
