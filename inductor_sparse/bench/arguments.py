@@ -59,3 +59,11 @@ def densities(text: str) -> list[float]:
 def seconds(text: str) -> float:
     """A finite duration above zero."""
     return _number(text, "a duration above 0", lambda s: 0 < s < float("inf"))
+
+
+def size(text: str) -> tuple[int, int]:
+    """``FEATURESxHIDDEN``, such as ``4096x16384``."""
+    features, found, hidden = text.partition("x")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FEATURESxHIDDEN")
+    return positive(features), positive(hidden)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,18 +22,36 @@ if TYPE_CHECKING:
     from inductor_sparse.bench.models import ModelCase
     from inductor_sparse.bench.rows import Row
     from inductor_sparse.bench.tables import Column
+    from inductor_sparse.bench.variants import Setting
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+GEMM_DTYPE_NAMES = (*DTYPE_NAMES, "float8_e4m3fn", "int8")
 OP_NAMES = ("down", "ffn")
+SETTING_NAMES = ("default", "freezing", "max-autotune", "freezing+max-autotune")
+DATA_NAMES = ("random", "trained")
+QUANTIZE_NAMES = ("none", "fp8", "int8")
+FORMAT_NAMES = ("auto", "exact", "2:4")
 
 
 def add_arguments(bench: argparse.ArgumentParser) -> None:
     """Give ``bench`` its subcommands; each sets ``command`` to the function to run."""
     kinds = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    _add_ffn(kinds)
+    _add_gemm(kinds)
+    pack = _command(kinds, "pack", _bench_pack, "data preparation against a plain copy")
+    _add_sizes(pack, DTYPE_NAMES)
+    _add_compile(kinds)
+    plot = _command(kinds, "plot", _bench_plot, "draw the rows of `bench ffn`")
+    plot.add_argument("rows", type=Path, help="JSONL file written by `bench ffn`")
+    plot.add_argument("--out", type=Path, required=True, help="picture to write")
+
+
+def _add_ffn(kinds: Any) -> None:
+    """The arguments of ``bench ffn``."""
     ffn = _command(kinds, "ffn", _bench_ffn, "FFN sites against the best dense variant")
-    _add_sizes(ffn)
+    _add_sizes(ffn, DTYPE_NAMES)
+    _add_data(ffn, [0.05, 0.1, 0.5])
     ffn.add_argument("--op", type=types.names(OP_NAMES), default=list(OP_NAMES))
-    ffn.add_argument("--density", type=types.densities, default=[0.05, 0.1, 0.5])
     ffn.add_argument("--activation", choices=("relu2", "relu"), default="relu2")
     ffn.add_argument(
         "--gated",
@@ -39,14 +59,42 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
         help="only the gated FFN, or none of it; both by default",
     )
     ffn.add_argument(
+        "--settings",
+        type=types.names(SETTING_NAMES),
+        help="Inductor settings tried on both sides; on a GPU freezing is left out",
+    )
+    ffn.add_argument(
+        "--quantize",
+        choices=QUANTIZE_NAMES,
+        default="none",
+        help="both sides in 8 bits, the dense one through torch's own matmuls",
+    )
+    ffn.add_argument("--activation-format", choices=FORMAT_NAMES, default="auto")
+
+
+def _add_gemm(kinds: Any) -> None:
+    """The arguments of ``bench gemm``."""
+    summary = "the 2:4 product against other kernels"
+    gemm = _command(kinds, "gemm", _bench_gemm, summary)
+    _add_sizes(gemm, GEMM_DTYPE_NAMES)
+    _add_data(gemm, [0.05, 0.1, 0.15])
+    gemm.add_argument(
+        "--quick", action="store_true", help="leave out what compiles to autotune"
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser, densities: list[float]) -> None:
+    """Arguments on what the data look like, and ``--resume``."""
+    parser.add_argument("--density", type=types.densities, default=densities)
+    parser.add_argument(
+        "--data",
+        type=types.names(DATA_NAMES),
+        default=["random"],
+        help="random numbers, or what the model of examples/ computes, tiled",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="skip rows already in the --json file"
     )
-    pack = _command(kinds, "pack", _bench_pack, "data preparation against a plain copy")
-    _add_sizes(pack)
-    _add_compile(kinds)
-    plot = _command(kinds, "plot", _bench_plot, "draw the rows of `bench ffn`")
-    plot.add_argument("rows", type=Path, help="JSONL file written by `bench ffn`")
-    plot.add_argument("--out", type=Path, required=True, help="picture to write")
 
 
 def _add_compile(kinds: Any) -> None:
@@ -66,11 +114,17 @@ def _add_compile(kinds: Any) -> None:
     _add_device_and_json(parser)
 
 
-def _add_sizes(parser: argparse.ArgumentParser) -> None:
+def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
     """Arguments shared by the benchmarks that sweep sizes."""
-    parser.add_argument("--dtype", type=types.names(DTYPE_NAMES), default=["float32"])
+    parser.add_argument("--dtype", type=types.names(dtypes), default=["float32"])
     parser.add_argument("--features", type=types.positive, default=4096)
     parser.add_argument("--hidden", type=types.positive, default=16384)
+    parser.add_argument(
+        "--size",
+        type=types.list_of(types.size),
+        metavar="FEATURESxHIDDEN[,...]",
+        help="several sizes at once, instead of --features and --hidden",
+    )
     parser.add_argument(
         "--tokens", type=types.list_of(types.positive), default=[1, 16, 128, 512]
     )
@@ -78,6 +132,11 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=types.seconds, default=10.0, help="timing budget of a row"
     )
     _add_device_and_json(parser)
+
+
+def _sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """Pairs of features and hidden features."""
+    return arguments.size or [(arguments.features, arguments.hidden)]
 
 
 def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
@@ -114,13 +173,48 @@ def _bench_ffn(arguments: argparse.Namespace) -> int:
         tokens=tuple(arguments.tokens),
         densities=tuple(arguments.density),
         seconds=arguments.seconds,
+        settings=_settings(arguments),
+        options={"sparse.activation_format": arguments.activation_format},
         done=done,
     )
     return _run_bench(
         arguments,
-        tables.FFN,
+        tables.FFN_CUDA if arguments.device == "cuda" else tables.FFN,
         sweep.size(),
         lambda report: ffn.run(sweep, report),
+        append=arguments.resume,
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[Setting, ...]:
+    """The settings asked for; without a wish all, on a GPU those without freezing."""
+    from inductor_sparse.bench.variants import SETTINGS
+
+    if arguments.settings is None:
+        gpu = arguments.device == "cuda"
+        return tuple(one for one in SETTINGS if not (gpu and one.freezing))
+    return tuple(one for one in SETTINGS if one.name in arguments.settings)
+
+
+def _bench_gemm(arguments: argparse.Namespace) -> int:
+    """``bench gemm``."""
+    from inductor_sparse.bench import gemm, tables
+
+    done = {gemm.row_key(row) for row in _kept_rows(arguments)}
+    todo = gemm.cases(
+        tokens=arguments.tokens,
+        sizes=_sizes(arguments),
+        dtypes=arguments.dtype,
+        data=arguments.data,
+        densities=arguments.density,
+        device=arguments.device,
+    )
+    todo = [case for case in todo if dataclasses.astuple(case) not in done]
+    return _run_bench(
+        arguments,
+        tables.GEMM,
+        len(todo),
+        lambda report: gemm.run(todo, arguments.seconds, arguments.quick, report),
         append=arguments.resume,
     )
 
@@ -131,14 +225,13 @@ def _bench_pack(arguments: argparse.Namespace) -> int:
 
     todo = pack.cases(
         tokens=arguments.tokens,
-        features=arguments.features,
-        hidden=arguments.hidden,
+        sizes=_sizes(arguments),
         dtypes=arguments.dtype,
         device=arguments.device,
     )
     return _run_bench(
         arguments,
-        tables.PACK,
+        tables.PACK_CUDA if arguments.device == "cuda" else tables.PACK,
         len(todo),
         lambda report: pack.run(todo, arguments.seconds, report),
     )
@@ -227,7 +320,7 @@ def _kept_rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:
-    """One case per op, gating and dtype asked for."""
+    """One case per dtype, size, data, op and gating asked for."""
     from inductor_sparse.bench.models import ModelCase
 
     kinds = [
@@ -240,14 +333,16 @@ def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:
         raise SparseOptionError(
             "--gated leaves nothing to measure: `down` is never gated"
         )
-    for dtype in arguments.dtype:
-        for op, gated in kinds:
-            yield ModelCase(
-                op=op,
-                gated=gated,
-                activation=arguments.activation,
-                dtype=dtype,
-                features=arguments.features,
-                hidden=arguments.hidden,
-                device=arguments.device,
-            )
+    axes = (arguments.dtype, _sizes(arguments), arguments.data, kinds)
+    for dtype, (features, hidden), data, (op, gated) in itertools.product(*axes):
+        yield ModelCase(
+            op=op,
+            gated=gated,
+            activation=arguments.activation,
+            dtype=dtype,
+            features=features,
+            hidden=hidden,
+            device=arguments.device,
+            data=data,
+            quantize=arguments.quantize,
+        )

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from inductor_sparse.bench import roofline
 from inductor_sparse.bench.intervals import Ratio, median, paired_ratio
 from inductor_sparse.bench.models import (
     Model,
     ModelCase,
-    max_relative_error,
+    dropped_energy,
+    errors,
     measured_density,
 )
+from inductor_sparse.bench.quantized import quantized
 from inductor_sparse.bench.rows import Row, machine
-from inductor_sparse.bench.timing import Evictor, interleave, screen_us
+from inductor_sparse.bench.timing import Call, Evictor, interleave, screen_us
 from inductor_sparse.bench.variants import (
     SETTINGS,
     Setting,
@@ -31,10 +35,13 @@ from inductor_sparse.bench.variants import (
     release,
     watch,
 )
+from inductor_sparse.decisions import GraphDecisions, Tier
 from inductor_sparse.errors import SparseError
 
 Report = Callable[[str], object]
 SETTLE_ATTEMPTS = 3
+DECODE_TOKENS = 16
+"""Up to here a call may read only a part of its weights, and inputs rotate more."""
 
 
 class UnsettledError(SparseError, RuntimeError):
@@ -46,7 +53,8 @@ class Sweep:
     """The grid of one run.
 
     ``seconds`` is the timing budget of a row; compilation and the choice among Inductor
-    settings come on top.  ``done`` holds the :func:`row_key` of rows not to repeat.
+    settings come on top.  ``options`` are given to the sparse backend.  ``done`` holds
+    the :func:`row_key` of rows not to repeat.
     """
 
     cases: tuple[ModelCase, ...]
@@ -54,6 +62,7 @@ class Sweep:
     densities: tuple[float, ...]
     seconds: float = 10.0
     settings: tuple[Setting, ...] = SETTINGS
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     done: frozenset[tuple[object, ...]] = frozenset()
 
     def size(self) -> int:
@@ -78,8 +87,10 @@ class Sweep:
 
 def row_key(row: Row) -> tuple[object, ...]:
     """What makes two rows the same measurement: every axis of the grid."""
-    names = [field.name for field in dataclasses.fields(ModelCase)]
-    return tuple(row.get(name) for name in (*names, "tokens", "density"))
+    # Rows written before an axis existed have its default.
+    axes = {field.name: field.default for field in dataclasses.fields(ModelCase)}
+    case = (row.get(name, default) for name, default in axes.items())
+    return (*case, row.get("tokens"), row.get("density"))
 
 
 def run(sweep: Sweep, report: Report = lambda message: None) -> Iterator[Row]:
@@ -113,7 +124,8 @@ def _rows(
     report: Report,
 ) -> Iterator[Row]:
     """The rows of one model at one number of tokens."""
-    evict = Evictor(case.weight_bytes, case.device)
+    partial_reads = case.device == "cuda" and tokens <= DECODE_TOKENS
+    evict = Evictor(case.weight_bytes, case.device, always=partial_reads)
     bench = _Bench(sweep, case, model, tokens, evict, report)
     dense, dense_all = bench.fastest("inductor", bench.inputs(densities[0]))
     for density in densities:
@@ -126,6 +138,7 @@ def _rows(
         row["density_measured"] = measured_density(model, inputs)
         row["dense_candidates_us"] = dense_all
         row["sparse_candidates_us"] = sparse_all
+        row |= roofline.fields(case, model, inputs, row)
         yield row
 
 
@@ -139,16 +152,24 @@ class _Bench:
     tokens: int
     evict: Evictor
     report: Report
+    compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """The case in a few words."""
         gated = "gated " if self.case.gated else ""
-        return f"{gated}{self.case.op} {self.case.dtype} M={self.tokens}"
+        sizes = f"{self.case.features}x{self.case.hidden} M={self.tokens}"
+        return f"{gated}{self.case.op} {self.case.dtype} {sizes}"
+
+    def _sparse_options(self) -> dict[str, Any]:
+        """Options of the sparse backend."""
+        if self.case.quantize == "none":
+            return dict(self.sweep.options)
+        return {**self.sweep.options, "sparse.quantize": self.case.quantize}
 
     def inputs(self, density: float) -> list[Tensor]:
         """Fresh inputs to rotate: many where a call is short, few where it is long."""
-        count = 16 if self.tokens <= 16 else 4
+        count = 16 if self.tokens <= DECODE_TOKENS else 4
         seeds = itertools.count(1)
         return [
             self.case.make_input(self.tokens, density, next(seeds))
@@ -159,11 +180,15 @@ class _Bench:
         self, backend: str, inputs: list[Tensor]
     ) -> tuple[Variant, dict[str, float]]:
         """The fastest setting of one backend; the median of each in microseconds."""
+        sparse = backend == "sparse"
+        model = self.model if sparse else quantized(self.model, self.case.quantize)
+        options = self._sparse_options() if sparse else None
         best: Variant | None = None
         medians: dict[str, float] = {}
         for setting in self.sweep.settings:
             self.report(f"{self.label}: compiling {backend}, {setting.name}")
-            variant = compile_variant(self.model, backend, setting, inputs)
+            variant = compile_variant(model, backend, setting, inputs, options)
+            self.compile_s[backend] = self.compile_s.get(backend, 0) + variant.compile_s
             medians[setting.name] = self.screen(variant, inputs)
             if best is not None and medians[best.setting.name] <= medians[setting.name]:
                 variant.close()
@@ -181,38 +206,61 @@ class _Bench:
                 variant.run(inputs),
                 seconds=self.sweep.seconds / 5,
                 device=self.case.device,
-                before=self.evict,
+                before=self.evict.before,
+                rotation=len(inputs),
             )
 
     def compare(self, dense: Variant, sparse: Variant, inputs: list[Tensor]) -> Row:
         """Time both variants alternately and describe the outcome."""
-        times = self._settled_times(dense, sparse, inputs)
+        rivals = roofline.rivals(self.case, self.model, self.tokens, self.evict, inputs)
+        times = self._settled_times(dense, sparse, inputs, rivals)
         ratio = paired_ratio(times["dense"], times["sparse"])
         status, reason = sparse.status()
-        graph = sparse.last_graph
         return {
             **dataclasses.asdict(self.case),
             "tokens": self.tokens,
             "dense_us": median(times["dense"]),
             "sparse_us": median(times["sparse"]),
             **ratio_fields(ratio),
-            "max_rel_err": self._error(sparse, inputs[0]),
-            "dense_max_rel_err": self._error(dense, inputs[0]),
+            **self._numerics(dense, sparse, inputs[0]),
             "baseline": dense.setting.name,
             "sparse_setting": sparse.setting.name,
             "status": status,
             "reason": reason,
-            "sites_applied": len(graph.applied) if graph is not None else 0,
+            **_applied(sparse.last_graph),
+            **{f"{name}_us": median(times[name]) for name in rivals},
+            "dense_compile_s": self.compile_s.get("inductor", 0.0),
+            "sparse_compile_s": self.compile_s.get("sparse", 0.0),
             "rounds": len(times["dense"]),
             "cache": self.evict.mode,
             **machine(self.case.device),
         }
 
+    def _numerics(self, dense: Variant, sparse: Variant, x: Tensor) -> Row:
+        """Errors of both sides against float64, and what 2:4 dropped if it was used."""
+        largest, rms = errors(self.model, x, sparse.call(x))
+        dense_largest, dense_rms = errors(self.model, x, dense.call(x))
+        graph = sparse.last_graph
+        approximate = graph is not None and any(
+            decision.tier is Tier.APPROXIMATE for decision in graph.applied
+        )
+        return {
+            "max_rel_err": largest,
+            "rms_rel_err": rms,
+            "dense_max_rel_err": dense_largest,
+            "dense_rms_rel_err": dense_rms,
+            "dropped_energy": dropped_energy(self.model, x) if approximate else 0.0,
+        }
+
     def _settled_times(
-        self, dense: Variant, sparse: Variant, inputs: list[Tensor]
+        self,
+        dense: Variant,
+        sparse: Variant,
+        inputs: list[Tensor],
+        rivals: Mapping[str, Call],
     ) -> dict[str, list[float]]:
         """Times of a stretch in which the sparse variant compiled nothing."""
-        calls = {"dense": dense.run(inputs), "sparse": sparse.run(inputs)}
+        calls = {"dense": dense.run(inputs), "sparse": sparse.run(inputs), **rivals}
         for _ in range(SETTLE_ATTEMPTS):
             compiled_before = len(sparse.log.graphs)
             with watch(sparse):
@@ -220,7 +268,8 @@ class _Bench:
                     calls,
                     seconds=self.sweep.seconds,
                     device=self.case.device,
-                    before=self.evict,
+                    before=self.evict.before,
+                    rotation=len(inputs),
                 )
             if len(sparse.log.graphs) == compiled_before:
                 return times
@@ -229,9 +278,12 @@ class _Bench:
             'runs; TORCH_LOGS="recompiles" names the guard that failed'
         )
 
-    def _error(self, variant: Variant, x: Tensor) -> float:
-        """Largest relative error of a variant on one input."""
-        return max_relative_error(self.model, x, variant.call(x))
+
+def _applied(graph: GraphDecisions | None) -> Row:
+    """How many sites the sparse side rewrote, and the ops that compute them now."""
+    applied = graph.applied if graph is not None else []
+    ops = sorted({decision.op for decision in applied})
+    return {"sites_applied": len(applied), "ops": ops}
 
 
 def ratio_fields(ratio: Ratio) -> Row:

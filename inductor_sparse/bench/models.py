@@ -1,8 +1,9 @@
 """Models and inputs whose activation density is known.
 
 Shape legend: ``M`` tokens, ``D`` features of the residual stream, ``F`` hidden
-features. All weights are random normal, stored ``[out, in]`` as ``nn.Linear`` stores
-them.
+features. Weights are stored ``[out, in]`` as ``nn.Linear`` stores them.  With
+``random`` data they are random normal, and so are the inputs; with ``trained`` data the
+pre-activations are those of a trained model (:mod:`inductor_sparse.bench.trained`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import statistics
 import torch
 from torch import Tensor, nn
 
+from inductor_sparse import reference
+from inductor_sparse.bench import trained
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -21,6 +25,10 @@ DTYPES = {
 }
 OPS = ("down", "ffn")
 ACTIVATIONS = ("relu2", "relu")
+DATA = ("random", "trained")
+ROWS_CHECKED = 2048
+"""Rows of a result that are compared with float64, and of an activation whose 2:4 loss
+is measured: enough for a largest error, and little against a GPU's memory."""
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -80,7 +88,11 @@ Model = Down | FeedForward
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """What fixes a model; ``op`` is of :data:`OPS`, ``dtype`` of :data:`DTYPES`."""
+    """What fixes a model and its data.
+
+    ``op`` is of :data:`OPS`, ``dtype`` of :data:`DTYPES`, ``data`` of :data:`DATA`;
+    ``quantize`` is a value of ``sparse.quantize``.
+    """
 
     op: str
     gated: bool
@@ -89,12 +101,19 @@ class ModelCase:
     features: int
     hidden: int
     device: str = "cpu"
+    data: str = "random"
+    quantize: str = "none"
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights of the model."""
-        matrices = 1 if self.op == "down" else 2 + self.gated
-        return matrices * self.features * self.hidden * DTYPES[self.dtype].itemsize
+        itemsize = 1 if self.quantize != "none" else DTYPES[self.dtype].itemsize
+        return self.matrices * self.features * self.hidden * itemsize
+
+    @property
+    def matrices(self) -> int:
+        """Number of weight matrices."""
+        return 1 if self.op == "down" else 2 + self.gated
 
     def build(self, seed: int = 0) -> Model:
         """The model in eval mode, on its device, with unit-variance pre-activations."""
@@ -105,7 +124,11 @@ class ModelCase:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
-            if isinstance(model, FeedForward):
+            if isinstance(model, FeedForward) and self.data == "trained":
+                source = trained.source(self.device)
+                weight_FD = trained.gate_weight(source, self.features, self.hidden)
+                model.gate.weight.copy_(weight_FD)
+            elif isinstance(model, FeedForward):
                 model.gate.weight[:, 0] = -1.0
         return model.eval()
 
@@ -121,10 +144,13 @@ class ModelCase:
         ``down``: ``[M, F]`` with independent signs, positive with probability
         ``density``.  ``ffn``: ``[M, D]``, random directions of length ``sqrt(D)``
         behind a constant first feature, the normal quantile at which that fraction of
-        the unit-variance pre-activations lies above it.
+        the unit-variance pre-activations lies above it.  Trained pre-activations come
+        with their own distribution, and the threshold is its quantile.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
         width = self.hidden if self.op == "down" else self.features
+        if self.data == "trained":
+            return self._trained_input(tokens, density, seed).to(DTYPES[self.dtype])
+        generator = torch.Generator(self.device).manual_seed(seed)
         x = torch.randn(tokens, width, generator=generator, device=self.device)
         if self.op == "down":
             positive = torch.rand(x.shape, generator=generator, device=self.device)
@@ -134,6 +160,14 @@ class ModelCase:
             x = x * (math.sqrt(width) / x.norm(dim=1, keepdim=True))
             x[:, 0] = statistics.NormalDist().inv_cdf(1.0 - density)
         return x.to(DTYPES[self.dtype])
+
+    def _trained_input(self, tokens: int, density: float, seed: int) -> Tensor:
+        """The same from the trained source, float32."""
+        source = trained.source(self.device)
+        if self.op == "down":
+            return trained.pre_activation(source, tokens, self.hidden, density, seed)
+        sizes = (tokens, self.features, self.hidden)
+        return trained.ffn_input(source, *sizes, density, seed)
 
 
 def measured_density(model: Model, inputs: list[Tensor]) -> float:
@@ -147,24 +181,53 @@ def measured_density(model: Model, inputs: list[Tensor]) -> float:
     return nonzero / total
 
 
-def max_relative_error(model: Model, x: Tensor, result: Tensor) -> float:
-    """Largest error of ``result`` against float64, over the largest true magnitude.
+def union_density(model: Model, x: Tensor) -> float:
+    """Fraction of hidden features that any token of ``x`` activates."""
+    with torch.no_grad():
+        hidden_MF = activate(model.pre_activation(x), model.activation)
+        return (hidden_MF != 0).any(dim=0).float().mean().item()
 
-    The reference uses the very same weights and inputs, widened to float64 one weight
-    at a time, so the number holds the rounding of the whole chain, the intermediate
-    included.
+
+def dropped_energy(model: Model, x: Tensor) -> float:
+    """Fraction of the activation's sum of squares that the 2:4 format would drop."""
+    with torch.no_grad():
+        z_MF = model.pre_activation(x[:ROWS_CHECKED])
+        hidden_MF = activate(z_MF, model.activation).float()
+        values, _ = reference.sparsify24(z_MF, model.activation, "largest")
+        kept = values.float().square().sum(dtype=torch.float64)
+        total = hidden_MF.square().sum(dtype=torch.float64)
+        return max(0.0, 1.0 - (kept / total.clamp_min(1e-300)).item())
+
+
+def errors(model: Model, x: Tensor, result: Tensor) -> tuple[float, float]:
+    """Largest and root-mean-square error of ``result`` against float64.
+
+    The first is relative to the largest true magnitude, the second to the
+    root-mean-square.  The reference uses the very same weights and inputs, widened to
+    float64 one weight at a time, so the numbers hold the rounding of the whole chain,
+    the intermediate included.  Of many rows the first :data:`ROWS_CHECKED` count.
     """
     with torch.no_grad():
-        wide = x.double()
+        wide = x[:ROWS_CHECKED].double()
         if isinstance(model, FeedForward):
             hidden = activate(wide @ _wide(model.gate), model.activation)
             if model.up is not None:
                 hidden = hidden * (wide @ _wide(model.up))
         else:
             hidden = activate(wide, model.activation)
-        expected = hidden @ _wide(model.down)
-        error = (result.double() - expected).abs().max()
-        return (error / expected.abs().max().clamp_min(1e-300)).item()
+        return relative_errors(result[:ROWS_CHECKED], hidden @ _wide(model.down))
+
+
+def relative_errors(result: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Largest error over largest magnitude, and the same of root mean squares."""
+    error = result.double() - expected
+    largest = error.abs().max() / expected.abs().max().clamp_min(1e-300)
+    return largest.item(), (error.norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def max_relative_error(model: Model, x: Tensor, result: Tensor) -> float:
+    """The largest of :func:`errors`."""
+    return errors(model, x, result)[0]
 
 
 def _wide(linear: nn.Linear) -> Tensor:

@@ -2,7 +2,9 @@
 
 The ceiling is the machine's own copy: a plain ``clone`` of the same tensor, timed
 alternately.  ``ratio`` is the throughput of the op over that of the copy, so 1.0 means
-that preparing the data costs no more than moving it.
+that preparing the data costs no more than moving it.  On a GPU the ops are compiled, as
+a model would run them, and ``of_copy`` relates them to the copy of a large buffer.  The
+row ``relu2`` is what a dense graph runs in the place of the packing.
 
 Shape legend: ``M`` tokens, ``K`` hidden features, ``N`` output features.
 """
@@ -15,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from inductor_sparse import lowerings
+from inductor_sparse.bench import ceilings
 from inductor_sparse.bench.ffn import ratio_fields
 from inductor_sparse.bench.intervals import Ratio, median, paired_ratio
 from inductor_sparse.bench.models import DTYPES
@@ -22,6 +26,8 @@ from inductor_sparse.bench.rows import Row, machine
 from inductor_sparse.bench.timing import Evictor, interleave
 
 Report = Callable[[str], object]
+Operation = Callable[[Tensor], tuple[Tensor, ...]]
+GPU_OPS = ("sparsify24", "sparsify24_fp8", "quantize_rows_fp8", "relu2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +44,26 @@ class PackCase:
 def cases(
     *,
     tokens: Sequence[int],
-    features: int,
-    hidden: int,
+    sizes: Sequence[tuple[int, int]],
     dtypes: Sequence[str],
     device: str,
 ) -> list[PackCase]:
-    """``row_major_weight`` of the weight, then ``sparsify24`` of each of ``tokens``."""
+    """Every op on every size; ``sizes`` are pairs of features and hidden features.
+
+    A CPU prepares weights while the model runs; a GPU packs activations, in 16 bits or
+    less.
+    """
+    if device == "cpu":
+        weight_ops, ops = ("row_major_weight",), ("sparsify24",)
+    else:
+        weight_ops, ops = (), GPU_OPS
     return [
         case
         for dtype in dtypes
+        for features, hidden in sizes
         for case in (
-            PackCase("row_major_weight", features, hidden, dtype, device),
-            *(PackCase("sparsify24", m, hidden, dtype, device) for m in tokens),
+            *(PackCase(op, features, hidden, dtype, device) for op in weight_ops),
+            *(PackCase(op, m, hidden, dtype, device) for m in tokens for op in ops),
         )
     ]
 
@@ -71,7 +85,7 @@ def _measure(case: PackCase, seconds: float) -> Row:
     source = torch.randn(
         case.rows, case.columns, generator=generator, device=case.device
     ).to(DTYPES[case.dtype])
-    operation = _OPERATIONS[case.op]
+    operation = _operation(case)
     written = operation(source)
     evict = Evictor(2 * source.nbytes, case.device)
 
@@ -84,10 +98,26 @@ def _measure(case: PackCase, seconds: float) -> Row:
         {"op": lambda _: operation(source), "copy": lambda _: source.clone()},
         seconds=seconds,
         device=case.device,
-        before=before,
+        before=before if case.device == "cpu" else evict.before,
     )
     op_bytes = source.nbytes + sum(part.nbytes for part in written)
-    return _describe(case, times, op_bytes, 2 * source.nbytes)
+    row = _describe(case, times, op_bytes, 2 * source.nbytes)
+    if case.device == "cuda":
+        ceiling = ceilings.measure(case.device, case.dtype)
+        row["of_copy"] = row["gb_per_s"] / ceiling.copy_gb_per_s
+        row |= ceiling.fields()
+    return row
+
+
+def _operation(case: PackCase) -> Operation:
+    """The op, compiled on a GPU."""
+    operation = _OPERATIONS[case.op]
+    if case.device == "cpu":
+        return operation
+    lowerings.register_all()
+    torch.compiler.reset()
+    compiled = torch.compile(operation, dynamic=False)
+    return lambda source: compiled(source)
 
 
 def _describe(
@@ -122,6 +152,22 @@ def _sparsify24(z_MK: Tensor) -> tuple[Tensor, ...]:
     return tuple(_ops().sparsify24(z_MK, "relu2", "largest"))
 
 
+def _sparsify24_fp8(z_MK: Tensor) -> tuple[Tensor, ...]:
+    """The same in e4m3, with a scale per row."""
+    op = _ops().sparsify24_quantized
+    return tuple(op(z_MK, "relu2", "largest", torch.float8_e4m3fn))
+
+
+def _quantize_rows_fp8(x_MK: Tensor) -> tuple[Tensor, ...]:
+    """Dense e4m3 with a scale per row: what the first matmul of an 8-bit FFN reads."""
+    return tuple(_ops().quantize_rows(x_MK, torch.float8_e4m3fn))
+
+
+def _relu2(z_MK: Tensor) -> tuple[Tensor, ...]:
+    """``relu(z) ** 2``, dense."""
+    return (torch.relu(z_MK).square(),)
+
+
 def _ops() -> torch._ops._OpNamespace:
     """The namespace of our ops, with the kernels that the backend brings."""
     import inductor_sparse.backend  # noqa: F401
@@ -129,7 +175,10 @@ def _ops() -> torch._ops._OpNamespace:
     return torch.ops.inductor_sparse
 
 
-_OPERATIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+_OPERATIONS: dict[str, Operation] = {
     "row_major_weight": _row_major_weight,
     "sparsify24": _sparsify24,
+    "sparsify24_fp8": _sparsify24_fp8,
+    "quantize_rows_fp8": _quantize_rows_fp8,
+    "relu2": _relu2,
 }

@@ -54,6 +54,64 @@ PACK: tuple[Column, ...] = (
     ("copy GB/s", lambda row: f"{row['copy_gb_per_s']:.2f}"),
     ("of copy speed [95 %]", _ratio),
 )
+
+
+def _side(name: str) -> Callable[[Row], str]:
+    """``1131 TF 1.54x`` of one side of a product, or a dash where it did not run."""
+
+    def write(row: Row) -> str:
+        side = row["variants"].get(name)
+        if side is None:
+            return "-"
+        return f"{side['tflop_per_s']:,.0f} TF {side['ratio']:.2f}x"
+
+    return write
+
+
+def _rate(row: Row) -> str:
+    """What the sparse side reaches: of memory with few tokens, else of arithmetic."""
+    if "sparse_gb_per_s" in row:
+        return f"{row['sparse_gb_per_s']:,.0f} GB/s {row['of_copy']:.0%}"
+    return f"{row['dense_tflop_per_s']:,.0f} -> {row['sparse_tflop_per_s']:,.0f} TF"
+
+
+def _masked_load(row: Row) -> str:
+    """Dense time over that of the masked-load kernel."""
+    us = row.get("masked_load_us")
+    return "-" if us is None else f"{row['dense_us'] / us:.2f}x"
+
+
+GEMM: tuple[Column, ...] = (
+    ("MxKxN", lambda row: f"{row['tokens']}x{row['hidden']}x{row['features']}"),
+    ("dtype", lambda row: row["dtype"]),
+    ("data", lambda row: f"{row['data']} {row['density_measured']:.0%}"),
+    ("sparse us", _us("sparse_us")),
+    ("sparse", _side("sparse24_mm")),
+    ("dense / sparse [95 %]", _ratio),
+    ("best dense", lambda row: row["baseline"]),
+    ("torch.mm", _side("torch.mm")),
+    ("torch.compile", _side("torch.compile")),
+    ("_scaled_mm", _side("_scaled_mm")),
+    ("cuSPARSELt", _side("cuSPARSELt")),
+    ("max rel err", lambda row: f"{row['variants']['sparse24_mm']['max_rel_err']:.1e}"),
+    ("kernel", lambda row: row["variants"]["sparse24_mm"]["note"]),
+)
+FFN_CUDA: tuple[Column, ...] = (
+    ("op", _op),
+    ("size", lambda row: f"{row['features']}x{row['hidden']}"),
+    *FFN[1:3],
+    ("data", lambda row: f"{row['data']} {row['density_measured']:.1%}"),
+    *FFN[4:8],
+    ("sparse rate", _rate),
+    ("masked load", _masked_load),
+    ("rms rel err", lambda row: f"{row['rms_rel_err']:.1e}"),
+    ("dropped", lambda row: f"{row['dropped_energy']:.1e}"),
+    *FFN[9:],
+)
+PACK_CUDA: tuple[Column, ...] = (
+    *PACK,
+    ("of the ceiling", lambda row: f"{row['of_copy']:.0%}"),
+)
 COMPILE: tuple[Column, ...] = (
     ("layers", lambda row: str(row["layers"])),
     ("sites", lambda row: str(row["sites_applied"])),

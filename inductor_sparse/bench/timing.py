@@ -9,6 +9,8 @@ Lessons built in, each learnt from a published benchmark that went wrong:
   call, because in a model the other layers would have evicted them;
 - warm-up and the clock's start and stop are outside of what is counted, and the garbage
   collector is off.
+
+On a GPU the clock is that of the device: see :mod:`inductor_sparse.bench.cuda_timing`.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from pathlib import Path
 
 import torch
 
+from inductor_sparse.bench import cuda_timing
 from inductor_sparse.bench.intervals import median
 
 DEFAULT_CACHE_BYTES = 32 * 2**20
-STREAMING_FACTOR = 4
+STREAMING_FACTOR = {"cpu": 4, "cuda": 2}
 """Weights this many times larger than the last-level cache evict themselves."""
 
 Call = Callable[[int], object]
@@ -44,37 +47,55 @@ def last_level_cache_bytes(
 
 
 class Evictor:
-    """Overwrites a buffer twice the last-level cache when called.
+    """Fills the last-level cache with something else when called.
 
     Args:
         working_set_bytes: what the timed call reads; far above the cache size the call
             evicts its own data and nothing is done.
-        device: of the timed call; caches of devices other than a CPU are not touched.
+        device: of the timed call; its own last-level cache is the one that counts.
+        always: evict whatever the size, for calls that read only a part of their data.
     """
 
-    def __init__(self, working_set_bytes: int, device: str = "cpu") -> None:
-        cache_bytes = last_level_cache_bytes()
-        needed = working_set_bytes < STREAMING_FACTOR * cache_bytes and device == "cpu"
-        self._buffer = torch.zeros(2 * cache_bytes if needed else 0, dtype=torch.uint8)
+    def __init__(
+        self, working_set_bytes: int, device: str = "cpu", always: bool = False
+    ) -> None:
+        cache_bytes = cache_bytes_of(device)
+        streams = working_set_bytes >= STREAMING_FACTOR[device] * cache_bytes
+        needed = always or not streams
+        self._buffer = torch.zeros(
+            2 * cache_bytes if needed else 0, dtype=torch.uint8, device=device
+        )
+        self._sum = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def mode(self) -> str:
         """``evicted`` or ``streamed``: how the row says its weights left the cache."""
         return "evicted" if self._buffer.numel() else "streamed"
 
+    @property
+    def before(self) -> Callable[[], None] | None:
+        """What to run before a timed call; ``None`` in ``streamed`` mode."""
+        return self if self._buffer.numel() else None
+
     def __call__(self) -> None:
         """Evict, or do nothing in ``streamed`` mode."""
-        self._buffer.add_(1)
+        if self._buffer.device.type == "cpu":
+            self._buffer.add_(1)
+        elif self._buffer.numel():
+            torch.sum(self._buffer.view(torch.int64), dim=0, out=self._sum)
 
 
-def time_us(call: Call, round_index: int, device: str = "cpu") -> float:
-    """Wall time of one call in microseconds, the device idle at both ends."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def cache_bytes_of(device: str) -> int:
+    """Size of the last-level cache of the CPU or of the current GPU."""
+    if device != "cuda":
+        return last_level_cache_bytes()
+    return torch.cuda.get_device_properties().L2_cache_size
+
+
+def time_us(call: Call, round_index: int) -> float:
+    """Wall time of one call on the CPU in microseconds."""
     start = time.perf_counter_ns()
     call(round_index)
-    if device == "cuda":
-        torch.cuda.synchronize()
     return (time.perf_counter_ns() - start) / 1e3
 
 
@@ -83,7 +104,8 @@ def interleave(
     *,
     seconds: float,
     device: str = "cpu",
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], None] | None = None,
+    rotation: int = 1,
     min_rounds: int = 9,
     max_rounds: int = 2000,
 ) -> dict[str, list[float]]:
@@ -94,12 +116,22 @@ def interleave(
         seconds: wall-clock budget, ``before`` included.
         device: ``cpu`` or ``cuda``.
         before: run, untimed, before every timed call.
+        rotation: number of rotating inputs; on a GPU each is captured once.
         min_rounds: rounds made even when the budget is already spent.
         max_rounds: rounds after which the budget no longer matters.
 
     Returns:
         Microseconds per call by name, in the order of the rounds.
     """
+    if device == "cuda":
+        return cuda_timing.interleave(
+            calls,
+            seconds=seconds,
+            before=before,
+            rotation=rotation,
+            min_rounds=min_rounds,
+            max_rounds=max_rounds,
+        )
     times: dict[str, list[float]] = {name: [] for name in calls}
     deadline = time.perf_counter() + seconds
     with _no_garbage_collection():
@@ -107,8 +139,9 @@ def interleave(
             if round_index >= min_rounds and time.perf_counter() > deadline:
                 break
             for name, call in calls.items():
-                before()
-                times[name].append(time_us(call, round_index, device))
+                if before is not None:
+                    before()
+                times[name].append(time_us(call, round_index))
     return times
 
 
@@ -117,7 +150,8 @@ def screen_us(
     *,
     seconds: float,
     device: str = "cpu",
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], None] | None = None,
+    rotation: int = 1,
 ) -> float:
     """A quick median in microseconds, enough to choose among candidates."""
     times = interleave(
@@ -125,6 +159,7 @@ def screen_us(
         seconds=seconds,
         device=device,
         before=before,
+        rotation=rotation,
         min_rounds=5,
         max_rounds=50,
     )

@@ -16,9 +16,10 @@ import contextlib
 import dataclasses
 import gc
 import sys
+import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ class Setting:
     freezing: bool
     max_autotune: bool
 
+    def options(self, device: str) -> dict[str, Any]:
+        """The options to compile with; freezing is none of them.
+
+        On a GPU those of ``mode="max-autotune"``, without its CUDA graphs: both sides
+        are captured by the timing itself.
+        """
+        if self.max_autotune and device == "cuda":
+            return dict(torch._inductor.list_mode_options("max-autotune-no-cudagraphs"))
+        return {"max_autotune": self.max_autotune}
+
 
 SETTINGS = (
     Setting("default", freezing=False, max_autotune=False),
@@ -68,6 +79,7 @@ class Variant:
     ``call`` maps an input to the output.  ``log`` has received the decisions of every
     graph compiled so far; it stays empty for the dense backend.  ``modules`` are those
     that Inductor generated for it: the packed weights of a frozen graph live there.
+    ``compile_s`` is the time of the first call: compilation and autotuning.
     """
 
     backend: str
@@ -75,6 +87,7 @@ class Variant:
     call: Callable[[Tensor], Tensor]
     log: decisions.DecisionLog
     modules: list[types.ModuleType]
+    compile_s: float = 0.0
 
     def close(self) -> None:
         """Free the packed weights; the variant cannot be called any more."""
@@ -112,7 +125,11 @@ class Variant:
 
 
 def compile_variant(
-    model: nn.Module, backend: str, setting: Setting, inputs: Sequence[Tensor]
+    model: nn.Module,
+    backend: str,
+    setting: Setting,
+    inputs: Sequence[Tensor],
+    options: Mapping[str, Any] | None = None,
 ) -> Variant:
     """Compile ``model`` for the shape of ``inputs`` and warm it up on them.
 
@@ -121,10 +138,11 @@ def compile_variant(
         backend: ``inductor`` or ``sparse``.
         setting: one of :data:`SETTINGS`.
         inputs: one or more inputs of one shape.
+        options: further options of the backend, such as ``sparse.quantize``.
     """
     step = _own_code(model, f"{backend}_{setting.name}")
-    options: dict[str, Any] = {"max_autotune": setting.max_autotune}
-    compiled = torch.compile(step, backend=backend, dynamic=False, options=options)
+    chosen = {**setting.options(inputs[0].device.type), **(options or {})}
+    compiled = torch.compile(step, backend=backend, dynamic=False, options=chosen)
 
     def call(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -132,6 +150,9 @@ def compile_variant(
 
     variant = Variant(backend, setting, call, decisions.DecisionLog(), [])
     with watch(variant):
+        start = time.perf_counter()
+        call(inputs[0])
+        variant.compile_s = time.perf_counter() - start
         for index in range(max(WARMUP_CALLS, len(inputs))):
             call(inputs[index % len(inputs)])
     return variant
@@ -141,7 +162,7 @@ def compile_variant(
 def watch(variant: Variant) -> Iterator[None]:
     """Log recompilations made inside the block, and make them under the settings."""
     known = set(_generated_modules())
-    with _settings(variant.setting), _collect_into(variant.log):
+    with compiling(variant.setting), _collect_into(variant.log):
         yield
     modules = _generated_modules()
     variant.modules += [modules[name] for name in modules.keys() - known]
@@ -189,7 +210,7 @@ def _own_code(model: nn.Module, label: str) -> Callable[[Tensor], Tensor]:
 
 
 @contextlib.contextmanager
-def _settings(setting: Setting) -> Iterator[None]:
+def compiling(setting: Setting) -> Iterator[None]:
     """Inductor's globals for one variant: freezing, no caches, silent autotuning."""
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config

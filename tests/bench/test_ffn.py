@@ -90,7 +90,7 @@ def settle(monkeypatch: pytest.MonkeyPatch, recompiling_runs: int) -> tuple[int,
     monkeypatch.setattr(ffn, "interleave", interleave)
     dense = Variant("inductor", SETTINGS[0], lambda x: x, DecisionLog(), [])
     sparse = Variant("sparse", SETTINGS[0], lambda x: x, log, [])
-    times = bench()._settled_times(dense, sparse, bench().inputs(0.1))
+    times = bench()._settled_times(dense, sparse, bench().inputs(0.1), {})
     return len(runs), times
 
 

@@ -11,13 +11,23 @@ from inductor_sparse.bench.pack import PackCase
 
 def test_cases_cover_both_ops() -> None:
     todo = pack.cases(
-        tokens=[1, 8], features=64, hidden=128, dtypes=["bfloat16"], device="cpu"
+        tokens=[1, 8], sizes=[(64, 128)], dtypes=["bfloat16"], device="cpu"
     )
     assert todo == [
         PackCase("row_major_weight", 64, 128, "bfloat16"),
         PackCase("sparsify24", 1, 128, "bfloat16"),
         PackCase("sparsify24", 8, 128, "bfloat16"),
     ]
+
+
+def test_a_gpu_packs_activations_only() -> None:
+    todo = pack.cases(
+        tokens=[8], sizes=[(64, 128), (32, 96)], dtypes=["bfloat16"], device="cuda"
+    )
+    assert [(case.op, case.columns) for case in todo] == [
+        (op, columns) for columns in (128, 96) for op in pack.GPU_OPS
+    ]
+    assert {case.rows for case in todo} == {8}
 
 
 @pytest.mark.parametrize("op", ["row_major_weight", "sparsify24"])

@@ -82,4 +82,5 @@ def test_cache_size_has_a_default(tmp_path: Path) -> None:
 def test_small_weights_are_evicted_and_large_ones_are_not() -> None:
     assert Evictor(working_set_bytes=1024).mode == "evicted"
     assert Evictor(working_set_bytes=2**40).mode == "streamed"
-    assert Evictor(working_set_bytes=1024, device="cuda").mode == "streamed"
+    assert Evictor(working_set_bytes=2**40, always=True).mode == "evicted"
+    assert Evictor(working_set_bytes=2**40).before is None

@@ -113,7 +113,7 @@ def test_settings_leave_no_trace() -> None:
     import torch._inductor.config as inductor_config
 
     before = inductor_config.get_config_copy()
-    with variants._settings(SETTINGS[3]):
+    with variants.compiling(SETTINGS[3]):
         assert inductor_config.freezing
         assert not inductor_config.fx_graph_cache
     assert inductor_config.get_config_copy() == before

@@ -1,0 +1,276 @@
+"""``bench gemm``: the 2:4 product alone against every other way to compute it.
+
+The sparse operand is packed beforehand on every side that packs, and no side applies an
+activation.  Dense sides get the activation with everything 2:4 would drop, because that
+is what they would multiply; their speed depends on it, as zeros take less power.
+
+TFLOP/s count the dense product, ``2 M N K``, for every side.
+
+Shape legend: ``M`` tokens, ``K`` hidden features, ``N`` output features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from inductor_sparse import formats, reference
+from inductor_sparse.bench import ceilings, trained
+from inductor_sparse.bench.ffn import ratio_fields
+from inductor_sparse.bench.intervals import median, paired_ratio
+from inductor_sparse.bench.models import DTYPES, activate, relative_errors
+from inductor_sparse.bench.quantized import quantize_rows
+from inductor_sparse.bench.rivals import (
+    RIVALS,
+    Rival,
+    RivalUnavailableError,
+    ours,
+)
+from inductor_sparse.bench.rows import Row, machine
+from inductor_sparse.bench.timing import Evictor, interleave
+
+Report = Callable[[str], object]
+GEMM_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+ROWS_PACKED = 2048
+"""Rows packed at a time (of 64, as metadata are): packing in eager torch needs several
+times the memory of what it packs."""
+ROWS_CHECKED = 256
+WRONG = 0.05
+"""A side whose largest relative error is above this computes something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmCase:
+    """One product ``[M, K] x [K, N]``; ``dtype`` is of :data:`GEMM_DTYPES`.
+
+    ``data`` is ``random`` (normal, no zeros but those 2:4 makes) or ``trained`` (ReLU²
+    of a trained model's pre-activations, with the given ``density``).
+    """
+
+    tokens: int
+    hidden: int
+    features: int
+    dtype: str
+    data: str
+    density: float
+    device: str = "cpu"
+
+    @property
+    def flop(self) -> int:
+        """Operations of the dense product."""
+        return 2 * self.tokens * self.hidden * self.features
+
+    @property
+    def label(self) -> str:
+        """The case in a few words."""
+        size = f"{self.tokens}x{self.hidden}x{self.features}"
+        return f"{size} {self.dtype} {self.data} {self.density:g}"
+
+
+def cases(
+    *,
+    tokens: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    dtypes: Sequence[str],
+    data: Sequence[str],
+    densities: Sequence[float],
+    device: str,
+) -> list[GemmCase]:
+    """The grid; random data have one density, 1, because none of them is zero.
+
+    ``sizes`` are pairs of features (N) and hidden features (K).
+    """
+    kinds = [
+        (kind, density)
+        for kind in data
+        for density in ([1.0] if kind == "random" else densities)
+    ]
+    return [
+        GemmCase(m, hidden, features, dtype, kind, density, device)
+        for dtype in dtypes
+        for features, hidden in sizes
+        for m in tokens
+        for kind, density in kinds
+    ]
+
+
+def row_key(row: Row) -> tuple[object, ...]:
+    """What makes two rows the same measurement."""
+    return tuple(row.get(field.name) for field in dataclasses.fields(GemmCase))
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Both operands in every form a side may need.
+
+    ``activation_MK`` is dense, ``pruned_MK`` the same after 2:4; ``weight_NK`` is as
+    ``nn.Linear`` stores it.  The scales are ``None`` unless the dtype has 8 bits.
+    """
+
+    activation_MK: Tensor
+    pruned_MK: Tensor
+    values: Tensor
+    metadata: Tensor
+    weight_NK: Tensor
+    row_scale_M: Tensor | None
+    col_scale_N: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a dense side reads."""
+        return self.activation_MK.nbytes + self.weight_NK.nbytes
+
+
+def make_operands(case: GemmCase, seed: int = 1) -> Operands:
+    """Operands of ``case`` on its device."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+    size_MK = (case.tokens, case.hidden)
+    if case.data == "random":
+        activation_MK = torch.randn(size_MK, generator=generator, device=case.device)
+    else:
+        source = trained.source(case.device)
+        z_MK = trained.pre_activation(source, *size_MK, case.density, seed)
+        activation_MK = activate(z_MK, "relu2")
+    weight_NK = torch.randn(
+        case.features, case.hidden, generator=generator, device=case.device
+    ).mul_(case.hidden**-0.5)
+    dtype = GEMM_DTYPES[case.dtype]
+    row_scale_M = col_scale_N = None
+    if dtype.itemsize == 1:
+        activation_MK, row_scale_M = quantize_rows(activation_MK, dtype)
+        weight_NK, col_scale_N = quantize_rows(weight_NK, dtype)
+    activation_MK, weight_NK = activation_MK.to(dtype), weight_NK.to(dtype)
+    pruned_MK, values, metadata = _pack(activation_MK)
+    return Operands(
+        *(activation_MK, pruned_MK, values, metadata, weight_NK),
+        *(row_scale_M, col_scale_N),
+    )
+
+
+def _pack(activation_MK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation after 2:4 (largest magnitudes), its values and its metadata."""
+    pruned, values, metadata = [], [], []
+    for rows in activation_MK.split(ROWS_PACKED):
+        # Selection is defined for the types that exist before quantization.
+        wide = rows.to(torch.bfloat16) if rows.itemsize == 1 else rows
+        kept, index = reference.sparsify24(wide, "identity", "largest_abs")
+        values.append(kept.to(rows.dtype))
+        metadata.append(formats.pack_index(index, rows.dtype))
+        features = rows.shape[1]
+        pruned.append(formats.unpack(values[-1], metadata[-1], features))
+    return torch.cat(pruned), torch.cat(values), torch.cat(metadata)
+
+
+def run(
+    todo: Sequence[GemmCase],
+    seconds: float,
+    quick: bool = False,
+    report: Report = lambda message: None,
+) -> Iterator[Row]:
+    """Measure each case for ``seconds``, yielding rows as they are known.
+
+    Args:
+        todo: the cases.
+        seconds: timing budget of a row; autotuning comes on top.
+        quick: leave out whatever autotunes by compiling kernels.
+        report: told in a few words what is going on.
+
+    Raises:
+        RivalUnavailableError: our own side cannot run.
+    """
+    for case in todo:
+        report(f"{case.label}: preparing")
+        yield _measure(case, seconds, quick, report)
+
+
+def _measure(case: GemmCase, seconds: float, quick: bool, report: Report) -> Row:
+    """One row."""
+    operands = make_operands(case)
+    sides = {"sparse24_mm": ours(operands, autotune=not quick)}
+    unavailable: dict[str, str] = {}
+    for name, make in RIVALS.items():
+        report(f"{case.label}: preparing {name}")
+        try:
+            if quick and make.autotunes:
+                raise RivalUnavailableError("left out by --quick")
+            sides[name] = make.build(operands)
+        except RivalUnavailableError as error:
+            unavailable[name] = str(error)
+    found = {name: _check(side, operands) for name, side in sides.items()}
+    for name, (largest, _) in found.items():
+        if largest > WRONG:
+            unavailable[name] = f"computes something else: relative error {largest:.2g}"
+            del sides[name]
+    if "sparse24_mm" in unavailable:
+        raise RivalUnavailableError(f"{case.label}: {unavailable['sparse24_mm']}")
+    report(f"{case.label}: timing")
+    times = interleave(
+        {name: side.call for name, side in sides.items()},
+        seconds=seconds,
+        device=case.device,
+        before=Evictor(operands.nbytes, case.device).before,
+    )
+    return _describe(case, operands, sides, times, found) | {"unavailable": unavailable}
+
+
+def _check(side: Rival, operands: Operands) -> tuple[float, float]:
+    """Errors of a side against the float64 product of what it was given."""
+    with torch.no_grad():
+        result_MN = side.call(0)[:ROWS_CHECKED]
+        given_MK = operands.pruned_MK if side.sparse else operands.activation_MK
+        expected_MN = given_MK[:ROWS_CHECKED].double() @ operands.weight_NK.double().t()
+        scales = operands.row_scale_M, operands.col_scale_N
+        if side.scaled and scales[0] is not None and scales[1] is not None:
+            expected_MN *= scales[0][:ROWS_CHECKED, None] * scales[1][None, :]
+        return relative_errors(result_MN, expected_MN)
+
+
+def _describe(
+    case: GemmCase,
+    operands: Operands,
+    sides: dict[str, Rival],
+    times: dict[str, list[float]],
+    found: dict[str, tuple[float, float]],
+) -> Row:
+    """The row of all sides; the top-level ratio is against the best dense one."""
+    ceiling = ceilings.measure(case.device, case.dtype)
+    mine = times["sparse24_mm"]
+    variants = {}
+    for name, side in sides.items():
+        tflop_per_s = case.flop / median(times[name]) / 1e6
+        variants[name] = {
+            "us": median(times[name]),
+            "tflop_per_s": tflop_per_s,
+            "of_ceiling": tflop_per_s / ceiling.matmul_tflop_per_s,
+            **ratio_fields(paired_ratio(times[name], mine)),
+            "max_rel_err": found[name][0],
+            "rms_rel_err": found[name][1],
+            "prepare_s": side.prepare_s,
+            "note": side.note,
+        }
+    dense = [name for name, side in sides.items() if not side.sparse]
+    if not dense:
+        raise RivalUnavailableError(f"{case.label}: no dense side runs here")
+    best = min(dense, key=lambda name: median(times[name]))
+    return {
+        "op": "gemm",
+        **dataclasses.asdict(case),
+        "density_measured": _density(operands.activation_MK),
+        "dense_us": median(times[best]),
+        "sparse_us": median(mine),
+        **ratio_fields(paired_ratio(times[best], mine)),
+        "baseline": best,
+        "variants": variants,
+        **ceiling.fields(),
+        "rounds": len(mine),
+        "cache": Evictor(operands.nbytes, case.device).mode,
+        **machine(case.device),
+    }
+
+
+def _density(activation_MK: Tensor) -> float:
+    """Fraction of non-zeros."""
+    return (activation_MK.float() != 0).float().mean().item()

@@ -1,0 +1,93 @@
+"""The dense 8-bit FFN to beat: row-wise scales, torch's own 8-bit matmuls.
+
+Written as eager torch and compiled like any other baseline, so that Inductor fuses the
+quantization into what comes before it.
+
+Shape legend: ``M`` tokens, ``D`` features, ``F`` hidden features, ``K`` reduction,
+``N`` outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from inductor_sparse.bench.models import FeedForward, Model, activate
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""The largest finite value of each 8-bit type."""
+QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""The 8-bit type that each value of ``sparse.quantize`` means."""
+
+
+def quantize_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Symmetric quantization by row: ``(values, scale)``, ``x ~ values * scale``.
+
+    Args:
+        x_MK: any floating dtype.
+        dtype: of :data:`LARGEST`.
+
+    Returns:
+        ``[M, K]`` in ``dtype`` and ``[M]`` float32; the scale of a row of zeros is 1.
+    """
+    largest = LARGEST[dtype]
+    amax_M = x_MK.abs().amax(dim=1).float()
+    scale_M = torch.where(amax_M > 0, amax_M / largest, 1.0)
+    scaled = (x_MK.float() / scale_M[:, None]).clamp(-largest, largest)
+    if dtype is torch.int8:
+        scaled = scaled.round()
+    return scaled.to(dtype), scale_M
+
+
+class QuantizedLinear(nn.Module):
+    """``x @ W^T`` in 8 bits, ``[M, K]`` -> ``[M, N]``, the weight quantized once."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        values_NK, scale_N = quantize_rows(linear.weight.detach(), dtype)
+        self.register_buffer("values_NK", values_NK)
+        self.register_buffer("scale_N", scale_N)
+        self.out_dtype = linear.weight.dtype
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        """Quantize the rows of ``x`` and multiply."""
+        values_MK, scale_M = quantize_rows(x_MK, self.values_NK.dtype)
+        if values_MK.dtype is torch.int8:
+            product = torch._int_mm(values_MK, self.values_NK.t()).float()
+            scaled = product * scale_M[:, None] * self.scale_N[None, :]
+            return scaled.to(self.out_dtype)
+        return torch._scaled_mm(
+            values_MK,
+            self.values_NK.t(),
+            scale_M[:, None],
+            self.scale_N[None, :],
+            out_dtype=self.out_dtype,
+            use_fast_accum=True,
+        )
+
+
+class QuantizedFFN(nn.Module):
+    """A model of :mod:`inductor_sparse.bench.models` with every matmul in 8 bits."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation = model.activation
+        wide = isinstance(model, FeedForward)
+        self.gate = QuantizedLinear(model.gate, dtype) if wide else None
+        gated = isinstance(model, FeedForward) and model.up is not None
+        self.up = QuantizedLinear(model.up, dtype) if gated else None
+        self.down = QuantizedLinear(model.down, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the model it was made from, ``[M, F]`` or ``[M, D]`` -> ``[M, D]``."""
+        hidden_MF = activate(x if self.gate is None else self.gate(x), self.activation)
+        if self.up is not None:
+            hidden_MF = hidden_MF * self.up(x)
+        return self.down(hidden_MF)
+
+
+def quantized(model: Model, quantize: str) -> Model | QuantizedFFN:
+    """The dense model in the format that ``sparse.quantize`` names; ``none``: as is."""
+    if quantize == "none":
+        return model
+    return QuantizedFFN(model, QUANTIZED[quantize]).eval()

@@ -1,0 +1,92 @@
+"""What an FFN measurement is held against: bytes, operations, and a masked-load kernel.
+
+Rates count what the task needs, not what a kernel happens to do: the operations of the
+dense product, and with few tokens the weight rows of active neurons.  A sparse kernel
+may therefore exceed 100 % of the ceiling of dense matmuls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from inductor_sparse.bench import ceilings
+from inductor_sparse.bench.models import DTYPES, Model, ModelCase, union_density
+from inductor_sparse.bench.rows import Row
+from inductor_sparse.bench.timing import Call, Evictor, screen_us
+
+MEMORY_BOUND_TOKENS = 16
+"""Up to here rates of memory are reported, above it rates of arithmetic."""
+SCREEN_SECONDS = 0.1
+
+
+def fields(case: ModelCase, model: Model, inputs: Sequence[Tensor], row: Row) -> Row:
+    """Columns of a GPU row beside its times; none for a CPU."""
+    if case.device != "cuda":
+        return {}
+    dtype = "float8_e4m3fn" if case.quantize == "fp8" else case.dtype
+    ceiling = ceilings.measure(case.device, dtype)
+    tokens = inputs[0].shape[0]
+    if tokens > MEMORY_BOUND_TOKENS:
+        flop = 2 * tokens * case.features * case.hidden * case.matrices
+        return ceiling.fields() | _rates("tflop_per_s", flop / 1e6, row)
+    union = sum(union_density(model, x) for x in inputs) / len(inputs)
+    dense, needed = weight_bytes(case, union)
+    rates = {
+        "union_density": union,
+        "needed_bytes": needed,
+        "dense_gb_per_s": dense / row["dense_us"] / 1e3,
+        "sparse_gb_per_s": needed / row["sparse_us"] / 1e3,
+    }
+    rates["of_copy"] = rates["sparse_gb_per_s"] / ceiling.copy_gb_per_s
+    return ceiling.fields() | rates
+
+
+def weight_bytes(case: ModelCase, union: float) -> tuple[float, float]:
+    """Bytes of all weights, and of the rows needed when ``union`` of them are active.
+
+    The first matrix of an FFN is always needed, as its result decides on the others.
+    """
+    matrix = case.features * case.hidden * DTYPES[case.dtype].itemsize
+    always = 0 if case.op == "down" else 1
+    skippable = case.matrices - always
+    return matrix * case.matrices, matrix * (always + skippable * union)
+
+
+def _rates(name: str, amount: float, row: Row) -> Row:
+    """``amount`` per microsecond of either side."""
+    return {
+        f"dense_{name}": amount / row["dense_us"],
+        f"sparse_{name}": amount / row["sparse_us"],
+    }
+
+
+def rivals(
+    case: ModelCase,
+    model: Model,
+    tokens: int,
+    evict: Evictor,
+    inputs: Sequence[Tensor],
+) -> dict[str, Call]:
+    """Other kernels timed along: on a GPU with few tokens, masked loads."""
+    if case.device != "cuda" or tokens > MEMORY_BOUND_TOKENS or case.quantize != "none":
+        return {}
+    from inductor_sparse.bench import teal_baseline
+
+    best: tuple[float, Call] | None = None
+    for call in teal_baseline.candidates(model).values():
+
+        def run(index: int, call: teal_baseline.Kernel = call) -> Tensor:
+            return call(inputs[index % len(inputs)])
+
+        us = screen_us(
+            run,
+            seconds=SCREEN_SECONDS,
+            device=case.device,
+            before=evict.before,
+            rotation=len(inputs),
+        )
+        if best is None or us < best[0]:
+            best = us, run
+    return {} if best is None else {"masked_load": best[1]}
