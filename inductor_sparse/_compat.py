@@ -145,3 +145,21 @@ def compile_apart(model: Any, backend: Callable[..., Any]) -> Any:
     if "isolate_recompiles" in accepted:
         apart["isolate_recompiles"] = True
     return torch.compile(model, backend=backend, **apart)
+
+
+def is_deterministic() -> bool:
+    """Whether Inductor is told to choose nothing by measuring it."""
+    from torch._inductor import config
+
+    return bool(getattr(config, "deterministic", False))
+
+
+def measuring_in_this_process() -> Any:
+    """A context in which Inductor measures candidates here, one after the other.
+
+    Its child processes know how to run its own kinds of candidates only.
+    """
+    from torch._inductor import config
+
+    here = {"autotune_in_subproc": False, "pipeline_max_autotune_gemm": False}
+    return config.patch({name: here[name] for name in here if hasattr(config, name)})

@@ -11,10 +11,17 @@ from inductor_sparse.lowerings import (
     glu_spmm,
     kept_tensors,
     quantize_rows,
+    sparse24_mm,
 )
 
 
 def register_all() -> None:
     """Register every lowering with Inductor; calling it again changes nothing."""
-    for lowering in (activation_spmm, glu_spmm, kept_tensors, quantize_rows):
+    for lowering in (
+        activation_spmm,
+        glu_spmm,
+        kept_tensors,
+        quantize_rows,
+        sparse24_mm,
+    ):
         lowering.register()

@@ -1,0 +1,331 @@
+"""``sparse24_mm`` on a GPU: our kernel with Inductor's epilogue, or a vendor's.
+
+On Hopper the product is a node that takes epilogues; its tile comes from a cost model,
+or from measuring all of them when autotuning is on.  Other architectures get the vendor
+kernel of :data:`.vendor24.ROUTES` if unverified kernels are allowed.  Whatever is not
+covered calls the op itself, and the log says why.
+
+Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import ir
+from torch._inductor.lowering import to_dtype
+from torch._inductor.select_algorithm import (
+    autotune_select_algorithm,
+    realize_inputs,
+)
+from torch._inductor.virtualized import V
+
+from inductor_sparse import _compat, config, profitability, reference
+from inductor_sparse.lowerings import (
+    common,
+    sparse24_choices,
+    sparse24_gemm,
+    sparse24_kernel,
+    tile_model,
+    vendor24,
+)
+from inductor_sparse.lowerings.cuda_epilogue import PrintedEpilogue
+from inductor_sparse.lowerings.cuda_template import (
+    CudaLaunch,
+    CudaTemplateBuffer,
+    wrapper_can_launch,
+)
+from inductor_sparse.lowerings.sparse24_kernel import TileConfig
+from inductor_sparse.runtime.cuda_kernel import TensorMap
+
+log = logging.getLogger(__name__)
+
+OP_NAME = "sparse24_mm"
+OP = common.op(OP_NAME)
+
+_ANY_M = 8192
+"""Rows assumed where nothing is known about them."""
+
+
+class Refused(Exception):
+    """There is no kernel of ours for a product; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One call of the op with its operands in memory.
+
+    ``operands`` are values, metadata, w and the scales there are; ``b_order`` is that
+    of ``w`` (see :func:`.sparse24_gemm.weight_order`); ``M`` may be symbolic.
+    """
+
+    operands: list[Any]
+    layout: ir.FixedLayout
+    M: sympy.Expr
+    N: int
+    K: int
+    b_order: str
+    scales: tuple[bool, bool]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of values and w."""
+        return self.operands[0].get_dtype()
+
+    @property
+    def rows(self) -> int:
+        """``M``, or what it was when the graph was traced."""
+        return int(V.graph.sizevars.optimization_hint(self.M, fallback=_ANY_M))
+
+
+def tuned_sparse24_mm(
+    values: ir.TensorBox,
+    metadata: ir.TensorBox,
+    w: ir.TensorBox,
+    row_scale: ir.TensorBox | None = None,
+    col_scale: ir.TensorBox | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> ir.TensorBox:
+    """Lower ``sparse24_mm`` by what there is for the device and the shapes."""
+    try:
+        kernel = _kernel_route(values, w, out_dtype)
+        product = _product(values, metadata, w, row_scale, col_scale, out_dtype)
+        return _own(product) if kernel == "own" else _vendor(product, kernel)
+    except Refused as reason:
+        log.info("sparse24_mm calls the op: %s", reason)
+        return common.fallback(OP)(
+            values, metadata, w, row_scale, col_scale, out_dtype=out_dtype
+        )
+
+
+def _kernel_route(
+    values: ir.TensorBox, w: ir.TensorBox, out_dtype: torch.dtype | None
+) -> str:
+    """Whose kernel multiplies; anything that rules all of them out is Refused."""
+    device, dtype = values.get_device(), values.get_dtype()
+    if device.type != "cuda":
+        raise Refused(f"no kernel for {device.type}")
+    if not wrapper_can_launch():
+        raise Refused("the kernel is launched from Python, the wrapper is not Python")
+    arch = profitability.architecture(device)
+    name = str(dtype).removeprefix("torch.")
+    allowed = config.allow_unverified
+    if not profitability.has_kernel(arch, OP_NAME, name, unverified=allowed):
+        raise Refused(f"no verified kernel for {name} on {arch or 'this GPU'}")
+    sizes = [*values.get_size()[:1], *w.get_size()]
+    known = [int(size) for size in sizes if isinstance(size, (int, sympy.Integer))]
+    out = reference.result_dtype24(dtype, out_dtype)
+    refusal = sparse24_gemm.size_refusal(dtype, out, known)
+    if refusal is not None:
+        raise Refused(refusal)
+    return vendor24.ROUTES.get(arch, "dense")
+
+
+def _product(
+    values: ir.TensorBox,
+    metadata: ir.TensorBox,
+    w: ir.TensorBox,
+    row_scale: ir.TensorBox | None,
+    col_scale: ir.TensorBox | None,
+    out_dtype: torch.dtype | None,
+) -> Product:
+    """The operands realised as the kernels want them."""
+    w, b_order = _weight(w)
+    operands = [*map(_row_major, (values, metadata)), w]
+    given = [scale for scale in (row_scale, col_scale) if scale is not None]
+    operands += [_row_major(to_dtype(scale, torch.float32)) for scale in given]
+    unaligned = [node for node in operands if not _aligned(node)]
+    if unaligned:
+        raise Refused(f"{unaligned[0].get_name()} does not start at 16 bytes")
+    M, (K, N) = operands[0].get_size()[0], map(int, w.get_size())
+    out = reference.result_dtype24(w.get_dtype(), out_dtype)
+    return Product(
+        operands,
+        ir.FixedLayout(w.get_device(), out, [M, N]),
+        sympy.sympify(M),
+        N,
+        K,
+        b_order,
+        (row_scale is not None, col_scale is not None),
+    )
+
+
+def _row_major(tensor: ir.TensorBox) -> ir.IRNode:
+    return common.require_contiguous(realize_inputs(tensor))
+
+
+def _weight(w: ir.TensorBox) -> tuple[ir.IRNode, str]:
+    """``w`` in memory and its order; what TMA cannot fetch is Refused."""
+    if not all(isinstance(size, (int, sympy.Integer)) for size in w.get_size()):
+        raise Refused("N or K is dynamic")
+    w = realize_inputs(w)
+    if isinstance(w.get_layout(), ir.FlexibleLayout):
+        # Computed in this graph: nobody has decided yet how it lies in memory.
+        w = ir.ExternKernel.require_stride_order(w, [0, 1])
+    K, N = map(int, w.get_size())
+    stride = w.get_stride()
+    if not all(isinstance(step, (int, sympy.Integer)) for step in stride):
+        raise Refused("w has dynamic strides")
+    along_k, along_n = map(int, stride)
+    b_order = sparse24_gemm.weight_order(
+        (K, N), (along_k, along_n), w.get_dtype().itemsize
+    )
+    if b_order is None:
+        raise Refused(
+            f"w [{K}, {N}] with strides ({along_k}, {along_n}) has to be copied"
+        )
+    return w, b_order
+
+
+def _aligned(node: ir.IRNode) -> bool:
+    """Whether a node starts at a multiple of 16 bytes."""
+    offset = node.get_layout().offset * node.get_dtype().itemsize
+    known = V.graph.sizevars.statically_known_multiple_of(sympy.sympify(offset), 16)
+    return bool(known) and node.get_name() not in V.graph.unaligned_buffers
+
+
+def _own(product: Product) -> ir.TensorBox:
+    """Our kernel, or what autotuning finds faster."""
+    node = _node_maker(product)
+    tuning = inductor_config.max_autotune or inductor_config.max_autotune_gemm
+    names = {operand.get_name() for operand in product.operands}
+    # Told not to measure, or one tensor in two roles, which autotuning would merge.
+    if not tuning or _compat.is_deterministic() or len(names) < len(product.operands):
+        return node(_best_tile(product))
+    return _autotuned(product, node)
+
+
+def _best_tile(product: Product) -> TileConfig:
+    device = torch.cuda.get_device_properties(product.layout.device)
+    tile = tile_model.best_tile(
+        product.rows,
+        product.N,
+        product.K,
+        product.dtype,
+        product.b_order,
+        device.multi_processor_count,
+    )
+    log.info("sparse24_mm %dx%dx%d: tile %s", product.rows, product.N, product.K, tile)
+    return tile
+
+
+def _autotuned(
+    product: Product, node: Callable[[TileConfig], ir.TensorBox]
+) -> ir.TensorBox:
+    """The fastest candidate whose result is right."""
+    oracle = sparse24_choices.Oracle(product.scales)
+    choices: list[ir.ChoiceCaller] = [
+        sparse24_choices.TileCaller(
+            tile, product.operands, product.layout, oracle, node
+        )
+        for tile in tile_model.tiles(product.dtype, product.b_order)
+    ]
+    externs = [vendor24.MASKED_DENSE]
+    if _vendor_refusal(product, "cusparselt") is None:
+        externs.append(vendor24.CUSPARSELT)
+    choices += [
+        sparse24_choices.CheckedExtern(extern, product.operands, product.layout, oracle)
+        for extern in externs
+    ]
+    try:
+        with sparse24_choices.forgetting(oracle), _compat.measuring_in_this_process():
+            chosen = autotune_select_algorithm(
+                OP_NAME,
+                choices,
+                product.operands,
+                product.layout,
+                input_gen_fns=sparse24_choices.input_generators(product.K),
+                return_multi_template=False,
+            )
+    except torch.OutOfMemoryError:
+        log.warning(
+            "sparse24_mm %dx%dx%d: not enough memory to measure candidates",
+            product.rows,
+            product.N,
+            product.K,
+        )
+        return node(_best_tile(product))
+    return chosen[0] if isinstance(chosen, tuple) else chosen
+
+
+def _vendor_refusal(product: Product, kernel: str) -> str | None:
+    refusal = getattr(vendor24, f"{kernel}_refusal")
+    scaled = any(product.scales)
+    return refusal(product.dtype, product.layout.dtype, product.N, scaled=scaled)
+
+
+def _vendor(product: Product, kernel: str) -> ir.TensorBox:
+    """A vendor's kernel, called from the wrapper; epilogues run after it."""
+    refusal = "no kernel" if kernel == "dense" else _vendor_refusal(product, kernel)
+    if refusal is not None:
+        raise Refused(refusal)
+    extern = {"cutlass": vendor24.CUTLASS, "cusparselt": vendor24.CUSPARSELT}[kernel]
+    oracle = sparse24_choices.Oracle(product.scales)
+    return sparse24_choices.CheckedExtern(
+        extern, product.operands, product.layout, oracle
+    ).output_node()
+
+
+def _node_maker(product: Product) -> Callable[[TileConfig], ir.TensorBox]:
+    """How the product with a given tile becomes a node of the graph."""
+
+    def make(tile: TileConfig) -> ir.TensorBox:
+        def render(printed: PrintedEpilogue) -> CudaLaunch:
+            return _launch(product, tile, printed)
+
+        return ir.TensorBox.create(
+            CudaTemplateBuffer(product.layout, product.operands, render)
+        )
+
+    return make
+
+
+def _launch(product: Product, tile: TileConfig, printed: PrintedEpilogue) -> CudaLaunch:
+    """The kernel with one tile and one epilogue, and its arguments."""
+    epilogue = sparse24_kernel.Epilogue(
+        printed.out_dtype,
+        printed.code,
+        printed.params,
+        printed.body,
+        printed.primary0,
+        printed.primary1,
+    )
+    row, col = product.scales
+    scales = {"has_row_scale": row, "has_col_scale": col}
+    source = sparse24_kernel.kernel_source(
+        OP_NAME, product.dtype, tile, epilogue, b_order=product.b_order, **scales
+    )
+    values, metadata, w, *given = product.operands
+    stored = printed.primary_buffer
+    out = () if stored is None else (_as_matrix(stored, product),)
+    boxes = sparse24_kernel.map_boxes(product.dtype, tile, epilogue, product.b_order)
+    return CudaLaunch(
+        OP_NAME,
+        source,
+        sparse24_kernel.signature(epilogue, **scales),
+        (values, w, *out, metadata, *given, product.M, product.N, product.K),
+        threads=tile.threads,
+        maps=tuple(TensorMap(**box) for box in boxes),
+        cluster=tile.cluster,
+        shared_bytes=tile.shared_bytes(product.dtype.itemsize),
+    )
+
+
+def _as_matrix(name: str, product: Product) -> str:
+    """A row-major buffer of any shape as ``[M, N]``, in the wrapper's Python."""
+    if len(V.graph.get_buffer(name).get_size()) == 2:
+        return name
+    M = V.graph.wrapper_code.codegen_python_sizevar(product.M)
+    return f"reinterpret_tensor({name}, ({M}, {product.N}), ({product.N}, 1), 0)"
+
+
+def register() -> None:
+    """Register the lowering with Inductor; calling it again changes nothing."""
+    common.register(OP, tuned_sparse24_mm)
