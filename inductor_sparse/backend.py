@@ -25,6 +25,7 @@ from inductor_sparse.dumps import DumpWriter
 from inductor_sparse.errors import NothingAppliedError, SparseOptionError
 from inductor_sparse.passes.joint_pass import SparsePass
 from inductor_sparse.runtime import adaptation, prepared_weights, site_energy
+from inductor_sparse.runtime.watched_weights import watched
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def sparse(
         config_patches=patches,
     )
     _announce(sparse_pass, strict=snapshot["strict"])
+    compiled = watched(compiled, example_inputs)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
         compiled = site_energy.observed(compiled, snapshot["max_dropped_energy"])
     return adaptation.observed(compiled, code)

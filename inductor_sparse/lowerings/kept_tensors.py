@@ -10,20 +10,21 @@ import functools
 from typing import Any
 
 import torch
-from torch._inductor import ir
 from torch._inductor.virtualized import V
 
 from inductor_sparse.lowerings import common
 
 OPS = tuple(
-    common.op(name) for name in ("row_major_weight", "site_counters", "site_energy")
+    common.op(name)
+    for name in ("row_major_weight", "quantized_weight", "site_counters", "site_energy")
 )
 
 
-def lower_kept_tensor(target: torch._ops.OpOverload, *args: Any) -> ir.TensorBox:
-    """Lower a call of ``target`` to a call of the op, its result kept out of reuse."""
+def lower_kept_tensor(target: torch._ops.OpOverload, *args: Any) -> Any:
+    """Lower a call of ``target`` to a call of the op, its results kept out of reuse."""
     result = common.fallback(target)(*args)
-    V.graph.never_reuse_buffers.add(result.get_name())
+    tensors = result if isinstance(result, (list, tuple)) else (result,)
+    V.graph.never_reuse_buffers.update(tensor.get_name() for tensor in tensors)
     return result
 
 

@@ -1,15 +1,20 @@
-"""Row-contiguous copies of weights, made once and kept right.
+"""Row-contiguous and quantized copies of weights, made once and kept right.
 
 ``nn.Linear`` stores a weight ``[out, in]``; skipping neurons needs the rows of its
-transpose to be contiguous.  :func:`fetch` is the CPU kernel of
-``torch.ops.inductor_sparse.row_major_weight``: it returns a copy that is made on first
-use and made again when the weight has changed.  A change is noticed by
+transpose to be contiguous, and 8-bit products need its rows quantized.  :func:`fetch`
+and :func:`fetch_quantized` are the kernels of ``row_major_weight`` and
+``quantized_weight``: they return copies that are made on first use and made again when
+the weight has changed.  A change is noticed by
 
 - the identity of the storage, held by a weak reference so that a freed and reused
   address is never taken for the old weight (``param.data = x``, re-tying);
 - the version counter, bumped by every in-place operation that autograd sees
   (``load_state_dict``, optimizer steps, ``copy_`` under ``no_grad``);
-- a sample of elements, for writes that bypass the counter (``param.data.mul_()``).
+- on a CPU, a sample of elements, for writes that bypass the counter
+  (``param.data.mul_()``).  On a GPU that would wait for the device.
+
+A CUDA graph that is replayed asks for nothing: :mod:`~.watched_weights` looks after the
+copies in it, which for that keep their address as long as the weight does.
 
 A write through ``.data`` or ``numpy()`` to elements outside the sample only is the one
 thing not noticed: :func:`forget` drops the copies, :func:`inductor_sparse.prepare`
@@ -27,6 +32,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from inductor_sparse import ops, reference
+from inductor_sparse.runtime.graph_pools import outside_graph_pools
 from inductor_sparse.runtime.huge_pages import empty_in_huge_pages
 
 WHOLE = 4096
@@ -37,37 +43,62 @@ RUNS, RUN = 4, 16
 
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 
-Key = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Which copy of which memory."""
+
+    address: int
+    device: torch.device
+    storage_offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    quantized: bool = False
+
+    def make(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The copy of ``weight``, as the tensors it consists of."""
+        window = (weight, self.size, self.stride, self.storage_offset, self.dtype)
+        if self.quantized:
+            return reference.quantized_weight(*window)
+        if weight.device.type != "cpu":
+            return (reference.row_major_weight(*window),)
+        reference.check_window(*window[:-1])
+        copy = empty_in_huge_pages(self.size, self.dtype)
+        start = weight.storage_offset() + self.storage_offset
+        return (copy.copy_(weight.as_strided(self.size, self.stride, start)),)
 
 
 @dataclasses.dataclass
-class _Entry:
+class Entry:
     """One copy, and the state of the weight that it was made from.
 
-    ``places`` are the size and strides of the sample.
+    ``places`` are the size and strides of the sample; both are None on a GPU.
     """
 
+    key: Key
     storage: StorageWeakRef
     version: int
-    places: Places
-    sample: Tensor
-    copy: Tensor
+    copies: tuple[Tensor, ...]
+    places: Places | None = None
+    sample: Tensor | None = None
 
     def is_right(self, weight: Tensor) -> bool:
         """Whether ``weight``, at the address of the copied one, still has its values.
 
         A NaN never equals itself: in the sample it costs a refresh, never a stale copy.
         """
-        return (
-            weight._version == self.version
-            and not self.storage.expired()
-            and torch.equal(
-                weight.as_strided(*self.places, weight.storage_offset()), self.sample
-            )
-        )
+        if weight._version != self.version or self.storage.expired():
+            return False
+        if self.places is None or self.sample is None:
+            return True
+        window = weight.as_strided(*self.places, weight.storage_offset())
+        return torch.equal(window, self.sample)
 
 
-_entries: dict[Key, _Entry] = {}
+_entries: dict[Key, Entry] = {}
+_at: dict[int, list[Key]] = {}
+_changes = 0
 _lock = threading.Lock()
 
 
@@ -92,57 +123,122 @@ def fetch(
     storage_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The cached copy of a window of ``weight``; see ``reference.row_major_weight``.
+    """The kept copy of a window of ``weight``; see ``reference.row_major_weight``.
 
     Raises:
         SparseShapeError: the window does not lie inside the weight.
     """
+    (copy,) = _fetch(weight, storage_offset, size, stride, dtype, quantized=False)
+    return copy
+
+
+def fetch_quantized(
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The kept quantized copy of a window; see ``reference.quantized_weight``.
+
+    Raises:
+        SparseShapeError: the window does not lie inside the weight or is not 2-D, or a
+            dtype is not supported.
+    """
+    values, scale = _fetch(weight, storage_offset, size, stride, dtype, quantized=True)
+    return values, scale
+
+
+def _fetch(
+    weight: Tensor,
+    storage_offset: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    quantized: bool,
+) -> tuple[Tensor, ...]:
+    key = Key(
+        weight.data_ptr(),
+        weight.device,
+        storage_offset,
+        tuple(size),
+        tuple(stride),
+        dtype,
+        quantized,
+    )
     if weight.is_inference():  # no version counter: nothing could be noticed
-        return reference.row_major_weight(weight, size, stride, storage_offset, dtype)
-    key = (weight.data_ptr(), storage_offset, tuple(size), tuple(stride), dtype)
+        return key.make(weight)
     entry = _entries.get(key)
     if entry is not None and entry.is_right(weight):
-        return entry.copy
-    return _refresh(key, weight.detach())
+        return entry.copies
+    return refresh(key, weight.detach()).copies
 
 
-def _refresh(key: Key, weight: Tensor) -> Tensor:
-    _, storage_offset, size, stride, dtype = key
-    reference.check_window(weight, size, stride, storage_offset)
+def refresh(key: Key, weight: Tensor) -> Entry:
+    """Make a copy of ``weight`` again, or for the first time.
+
+    On a GPU it keeps its place in memory: captured CUDA graphs read from there.
+
+    Raises:
+        SparseShapeError: the window does not lie inside the weight.
+    """
+    global _changes
     with _lock, torch.no_grad():
-        _drop_dead()
+        _drop_dead(but=key)
         version = weight._version
-        places = _places(weight)
-        copy = empty_in_huge_pages(size, dtype)
-        start = weight.storage_offset() + storage_offset
-        copy.copy_(weight.as_strided(size, stride, start))
-        _entries[key] = _Entry(
-            storage=StorageWeakRef(weight.untyped_storage()),
-            version=version,
-            places=places,
-            sample=weight.as_strided(*places, weight.storage_offset()).clone(),
-            copy=copy,
-        )
-        return copy
+        old = _entries.get(key)
+        copies = outside_graph_pools(weight.device, lambda: key.make(weight))
+        if old is not None and weight.device.type == "cuda":
+            for kept, new in zip(old.copies, copies, strict=True):
+                kept.copy_(new)
+            copies = old.copies
+        storage = StorageWeakRef(weight.untyped_storage())
+        entry = Entry(key, storage, version, copies)
+        if weight.device.type == "cpu":
+            entry.places = _places(weight)
+            window = weight.as_strided(*entry.places, weight.storage_offset())
+            entry.sample = window.clone()
+        if key not in _entries:
+            _at.setdefault(key.address, []).append(key)
+        _entries[key] = entry
+        _changes += 1
+        return entry
 
 
-def _drop_dead() -> None:
-    for key in [k for k, entry in _entries.items() if entry.storage.expired()]:
-        del _entries[key]
+def _drop_dead(but: Key | None = None) -> None:
+    dead = [key for key, entry in _entries.items() if entry.storage.expired()]
+    for key in dead:
+        if key != but:
+            del _entries[key]
+            _at[key.address].remove(key)
+
+
+def entries_at(address: int) -> list[Entry]:
+    """The copies of whatever weight lies at an address."""
+    return [_entries[key] for key in _at.get(address, ())]
+
+
+def changes() -> int:
+    """How often a copy was made: a number that says whether there is anything new."""
+    return _changes
 
 
 def nbytes() -> int:
     """Bytes held by all copies of weights that are still alive."""
     with _lock:
         _drop_dead()
-        return sum(entry.copy.nbytes for entry in _entries.values())
+        return sum(copy.nbytes for e in _entries.values() for copy in e.copies)
 
 
 def forget() -> None:
     """Drop every copy; each is made again when it is next needed."""
     with _lock:
         _entries.clear()
+        _at.clear()
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")
-_library.impl("row_major_weight", fetch, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("row_major_weight", fetch, _device)
+    _library.impl("quantized_weight", fetch_quantized, _device)

@@ -1,0 +1,118 @@
+"""Copies of weights on a GPU: kept, followed, and right under CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inductor_sparse.runtime import prepared_weights, watched_weights
+from inductor_sparse.runtime.graph_pools import outside_graph_pools
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ROW_MAJOR = torch.ops.inductor_sparse.row_major_weight
+QUANTIZED = torch.ops.inductor_sparse.quantized_weight
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    prepared_weights.forget()
+    yield
+    prepared_weights.forget()
+
+
+def parameter(dtype: torch.dtype = torch.bfloat16) -> nn.Parameter:
+    weight = torch.randn(256, 512, device="cuda", dtype=dtype)
+    return nn.Parameter(weight, requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_copy_is_kept_and_follows_the_weight(dtype: torch.dtype) -> None:
+    weight = parameter(dtype)
+
+    def copy() -> Tensor:
+        return ROW_MAJOR(weight, [512, 256], [1, 512], 0, torch.bfloat16)
+
+    first = copy()
+    assert copy().data_ptr() == first.data_ptr()
+    weight.add_(1)
+    assert copy().data_ptr() == first.data_ptr()
+    assert torch.equal(first, weight.t().bfloat16())
+    weight.data = torch.randn_like(weight)
+    assert torch.equal(copy(), weight.t().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantized_copies(dtype: torch.dtype) -> None:
+    weight = parameter()
+    values, scale = QUANTIZED(weight, [256, 512], [512, 1], 0, dtype)
+    error = values.float() * scale[:, None] - weight.float()
+    assert error.abs().max() < weight.abs().max() / 15
+    assert QUANTIZED(weight, [256, 512], [512, 1], 0, dtype)[0].data_ptr() == (
+        values.data_ptr()
+    )
+
+
+def test_replayed_graphs_see_a_changed_weight() -> None:
+    weight = parameter()
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(4, 256, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> None:
+        out.copy_(x @ ROW_MAJOR(weight, [512, 256], [1, 512], 0, torch.bfloat16))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    call = watched_weights.watched(lambda *_: graph.replay(), [x, weight])
+    for _ in range(3):
+        call(x, weight)
+        torch.testing.assert_close(out, x @ weight.t(), rtol=2e-2, atol=2e-1)
+        weight.mul_(-1.5)
+
+
+def test_memory_is_in_no_pool_of_a_graph() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = outside_graph_pools(
+            device, lambda: torch.full((1 << 20,), 3.0, device=device)
+        )
+        inside = kept * 2
+    graph.replay()
+    assert float(inside.sum()) == 6 * (1 << 20)
+    segments = torch.cuda.memory_snapshot()
+    pools = {
+        segment["segment_pool_id"]
+        for segment in segments
+        if segment["address"]
+        <= kept.data_ptr()
+        < segment["address"] + segment["total_size"]
+    }
+    assert pools == {(0, 0)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_reduce_overhead_with_a_changed_weight(change: str) -> None:
+    model = nn.Sequential(nn.Linear(1024, 8192, bias=False), nn.ReLU())
+    model.append(nn.Linear(8192, 4096, bias=False))
+    model = model.cuda().bfloat16().eval()
+    run = torch.compile(model, backend="sparse", mode="reduce-overhead")
+    x = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = run(x).clone()
+            torch.testing.assert_close(got, model(x), rtol=3e-2, atol=3e-2)
+        if change == "in place":
+            model[2].weight.mul_(-1.5)
+        else:
+            model[2].weight.data = torch.randn_like(model[2].weight) / 90
