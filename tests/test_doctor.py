@@ -140,11 +140,3 @@ def test_bf16_instructions_are_never_required(
 ) -> None:
     monkeypatch.setattr(doctor, "_cpu_capabilities", lambda: capabilities)
     assert doctor.check_avx512_bf16()[0] is status
-
-
-def test_triton_is_required_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.check_triton()[0] is CheckStatus.PASS
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert doctor.check_triton()[0] is CheckStatus.FAIL

@@ -6,10 +6,7 @@ finding, not a crash: the command must work in exactly those installs that are b
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,6 +15,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from inductor_sparse.doctor import gpu
+from inductor_sparse.doctor.checks import (
+    Check,
+    CheckStatus,
+    NamedCheck,
+    Outcome,
+    passed,
+)
 
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_TORCH = (2, 11)
@@ -32,28 +38,6 @@ extern "C" int probe(void) { std::printf("%d", omp_get_max_threads()); return 0;
 """
 
 
-class CheckStatus(str, enum.Enum):
-    """``pass``; ``warn``: works, but slower or in part; ``fail``: does not work."""
-
-    PASS = "pass"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """The outcome of one check; ``remedy`` is empty when it passed."""
-
-    name: str
-    status: CheckStatus
-    detail: str
-    remedy: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """A JSON-ready dict."""
-        return {**dataclasses.asdict(self), "status": self.status.value}
-
-
 def run_checks() -> list[Check]:
     """Run every check of :data:`CHECKS` in order."""
     return [_guarded(name, check, remedy) for name, check, remedy in CHECKS]
@@ -62,9 +46,6 @@ def run_checks() -> list[Check]:
 def has_failure(checks: list[Check]) -> bool:
     """Whether any check failed; warnings do not count."""
     return any(check.status is CheckStatus.FAIL for check in checks)
-
-
-Outcome = tuple[CheckStatus, str, str]
 
 
 def _guarded(name: str, check: Callable[[], Outcome], remedy_if_raised: str) -> Check:
@@ -79,16 +60,11 @@ def _guarded(name: str, check: Callable[[], Outcome], remedy_if_raised: str) -> 
     return Check(name, status, detail, remedy)
 
 
-def _passed(detail: str) -> Outcome:
-    """A check that found nothing to do."""
-    return CheckStatus.PASS, detail, ""
-
-
 def check_python() -> Outcome:
     """The interpreter is recent enough."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] >= MINIMUM_PYTHON:
-        return _passed(version)
+        return passed(version)
     return CheckStatus.FAIL, version, "use Python 3.10 or newer"
 
 
@@ -98,7 +74,7 @@ def check_torch() -> Outcome:
 
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found >= MINIMUM_TORCH:
-        return _passed(torch.__version__)
+        return passed(torch.__version__)
     return CheckStatus.FAIL, torch.__version__, "pip install --upgrade 'torch>=2.11'"
 
 
@@ -110,7 +86,7 @@ def check_entry_point() -> Outcome:
         return CheckStatus.FAIL, detail, REINSTALL_PACKAGE
     backend = group[ENTRY_POINT]
     backend.load()
-    return _passed(f'backend="{ENTRY_POINT}" is {backend.value}')
+    return passed(f'backend="{ENTRY_POINT}" is {backend.value}')
 
 
 def check_compiler() -> Outcome:
@@ -126,7 +102,7 @@ def check_compiler() -> Outcome:
         command = [compiler, "-fopenmp", "-shared", "-fPIC", "-o", output, str(source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode == 0:
-        return _passed(compiler)
+        return passed(compiler)
     problem = (done.stderr.strip().splitlines() or ["no message"])[0]
     return CheckStatus.FAIL, f"{compiler} cannot build with OpenMP: {problem}", remedy
 
@@ -155,7 +131,7 @@ def check_vector_isa() -> Outcome:
         )
         return CheckStatus.WARN, "none: kernels are scalar", remedy
     if "avx512" in isa:
-        return _passed(isa)
+        return passed(isa)
     return CheckStatus.WARN, isa, "works; AVX-512 doubles the width of each step"
 
 
@@ -163,7 +139,7 @@ def check_avx512_bf16() -> Outcome:
     """The CPU has the bf16 dot product."""
     capable = _cpu_capabilities().get("avx512_bf16")
     if capable:
-        return _passed("yes")
+        return passed("yes")
     if capable is None:
         return CheckStatus.WARN, "unknown on this system", "bf16 runs through fp32"
     return CheckStatus.WARN, "no", "bf16 is widened to fp32: prefer fp32 on this CPU"
@@ -193,7 +169,7 @@ def check_threads() -> Outcome:
         cores = os.cpu_count() or 1
     detail = f"{threads} of {cores} available cores"
     if threads <= cores:
-        return _passed(detail)
+        return passed(detail)
     return CheckStatus.WARN, detail, f"set OMP_NUM_THREADS={cores}"
 
 
@@ -205,37 +181,13 @@ def check_cache_dir() -> Outcome:
         # torch creates the folder when asked where it is.
         folder = Path(cache_dir())
         with tempfile.TemporaryFile(dir=folder):
-            return _passed(str(folder))
+            return passed(str(folder))
     except OSError as error:
         remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder you can write"
         return CheckStatus.FAIL, f"{error.filename}: {error.strerror}", remedy
 
 
-def check_cuda() -> Outcome:
-    """CUDA devices; having none is fine on a CPU machine."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return _passed("none (the CPU kernels need none)")
-    names = [
-        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-    ]
-    return _passed(", ".join(names))
-
-
-def check_triton() -> Outcome:
-    """triton is there if a GPU is."""
-    found = importlib.util.find_spec("triton") is not None
-    if found:
-        return _passed(importlib.metadata.version("triton"))
-    import torch
-
-    if not torch.cuda.is_available():
-        return _passed("absent, and not needed without a GPU")
-    return CheckStatus.FAIL, "absent", "pip install triton (Inductor needs it on a GPU)"
-
-
-CHECKS: tuple[tuple[str, Callable[[], Outcome], str], ...] = (
+CHECKS: tuple[NamedCheck, ...] = (
     ("python", check_python, "use Python 3.10 or newer"),
     ("torch", check_torch, REINSTALL_TORCH),
     ("backend entry point", check_entry_point, REINSTALL_PACKAGE),
@@ -244,7 +196,6 @@ CHECKS: tuple[tuple[str, Callable[[], Outcome], str], ...] = (
     ("AVX512_BF16", check_avx512_bf16, REINSTALL_TORCH),
     ("threads", check_threads, REINSTALL_TORCH),
     ("cache folder", check_cache_dir, "set TORCHINDUCTOR_CACHE_DIR to a folder"),
-    ("CUDA devices", check_cuda, "check the driver with nvidia-smi"),
-    ("triton", check_triton, REINSTALL_TORCH),
+    *gpu.CHECKS,
 )
-"""Every check: the name it is reported under, the check, what to do if it raises."""
+"""Every check, in the order they are reported."""
