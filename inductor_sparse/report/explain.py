@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from inductor_sparse import profitability
-from inductor_sparse.decisions import Decision, GraphDecisions, Status
+from inductor_sparse.decisions import Decision, GraphDecisions, Status, Tier
 from inductor_sparse.report.explanation import Explanation
+from inductor_sparse.report.kernels import KernelUse
 from inductor_sparse.report.measure import MeasuredGraph, SiteStats
 from inductor_sparse.report.session import measuring
 
@@ -61,14 +62,39 @@ def _measured(graph: MeasuredGraph) -> GraphDecisions:
 def _with_stats(decision: Decision, stats: SiteStats | None) -> Decision:
     if stats is None or stats.density is None:
         return decision
-    gain = decision.expected_gain
-    if gain is not None and decision.status is Status.APPLIED:
-        rows = decision.shapes["M"]
-        tokens = rows if isinstance(rows, int) else stats.tokens // stats.calls
-        gain = profitability.expected_gain(tokens, stats.density, decision.dtype)
-    return dataclasses.replace(
+    measured = dataclasses.replace(
         decision,
         density=stats.density,
         dropped_energy=stats.dropped_energy,
-        expected_gain=gain,
+        expected_gain=_expected_gain(decision, stats),
+    )
+    return measured if stats.kernel is None else _with_kernel(measured, stats.kernel)
+
+
+def _expected_gain(decision: Decision, stats: SiteStats) -> float | None:
+    """The gain at the measured density; that of 2:4 does not depend on it."""
+    gain = decision.expected_gain
+    if gain is None or decision.status is not Status.APPLIED:
+        return gain
+    if decision.tier is Tier.APPROXIMATE:
+        return gain
+    rows, features, outputs = (decision.shapes[axis] for axis in "MKN")
+    tokens = rows if isinstance(rows, int) else stats.tokens // stats.calls
+    if not decision.device.startswith("cuda"):
+        return profitability.expected_gain(tokens, stats.density, decision.dtype)
+    if not isinstance(features, int) or not isinstance(outputs, int):
+        return gain
+    return profitability.cuda.decode_gain(
+        tokens, features, outputs, decision.dtype, stats.density
+    )
+
+
+def _with_kernel(decision: Decision, used: KernelUse) -> Decision:
+    dense, sparse = used.dense_peak, used.sparse_peak
+    return dataclasses.replace(
+        decision,
+        kernel=used.kernel,
+        tflops=used.tflops,
+        of_dense_peak=None if dense is None else used.tflops / dense,
+        of_sparse_peak=None if sparse is None else used.tflops / sparse,
     )

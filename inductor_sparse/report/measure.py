@@ -20,6 +20,8 @@ from inductor_sparse import reference
 from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseShapeError
 from inductor_sparse.passes.sites import SITE_KEY
+from inductor_sparse.report import kernels
+from inductor_sparse.report.kernels import KernelUse
 
 ENERGY_SAMPLE = 2**20
 """Elements of one operand that the 2:4 loss is measured on: rows at even distances.
@@ -27,11 +29,19 @@ Selecting two of four costs some twenty passes over the data, and the loss is a 
 
 _ops = torch.ops.inductor_sparse
 _aten = torch.ops.aten
+_PACKERS = {
+    _ops.sparsify24.default,
+    _ops.sparsify24_quantized.default,
+    _ops.linear_sparsify24.default,
+}
 
 
 @dataclasses.dataclass
 class SiteStats:
-    """What was seen at one site over all its executions; sums, so that they merge."""
+    """What was seen at one site over all its executions; sums, so that they merge.
+
+    ``kernel`` is that of the last execution, known on a GPU only.
+    """
 
     elements: int = 0
     nonzeros: int = 0
@@ -42,6 +52,7 @@ class SiteStats:
     dropped: float = 0.0
     max_dropped: float = 0.0
     has_energy: bool = True
+    kernel: KernelUse | None = None
 
     @property
     def density(self) -> float | None:
@@ -74,6 +85,7 @@ class SiteStats:
         self.max_density = max(self.max_density, other.max_density)
         self.max_dropped = max(self.max_dropped, other.max_dropped)
         self.has_energy = self.has_energy and other.has_energy
+        self.kernel = other.kernel or self.kernel
 
     def _add_energy(self, sample_RK: Tensor) -> None:
         try:
@@ -115,15 +127,30 @@ class MeasuringInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, measured: MeasuredGraph) -> None:
         super().__init__(gm)
         self._measured = measured
+        # What a packed product multiplies is seen where it is packed.
+        self._sites: dict[fx.Node, list[str]] = {}
+        for node in gm.graph.nodes:
+            if SITE_KEY in node.meta:
+                at = packer(node) or node
+                self._sites.setdefault(at, []).append(node.meta[SITE_KEY])
 
     def run_node(self, n: fx.Node) -> Any:
-        """Measure the operand if ``n`` is a site, then compute ``n`` as usual."""
-        site = n.meta.get(SITE_KEY)
-        if site is not None:
+        """Compute ``n`` as usual; measure what is read or packed at a site."""
+        for site in self._sites.get(n, ()):
             args, _ = self.fetch_args_kwargs_from_env(n)
             stats = self._measured.stats.setdefault(site, SiteStats())
             stats.add(matmul_operand(n.target, args))
-        return super().run_node(n)
+        result = super().run_node(n)
+        if n.target is _ops.sparse24_mm.default and SITE_KEY in n.meta:
+            self._time(n, result)
+        return result
+
+    def _time(self, n: fx.Node, result: Tensor) -> None:
+        if result.is_cuda and result.numel():
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            stats = self._measured.stats.setdefault(n.meta[SITE_KEY], SiteStats())
+            again = super().run_node
+            stats.kernel = kernels.measure(lambda: again(n), args)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Compute one op; a weight is viewed, so that a report leaves no copies."""
@@ -134,8 +161,19 @@ class MeasuringInterpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+def packer(product: fx.Node) -> fx.Node | None:
+    """The node that selects two of four for a ``sparse24_mm``, if there is one."""
+    if product.target is not _ops.sparse24_mm.default:
+        return None
+    values = product.args[0]
+    packed = values.args[0] if isinstance(values, fx.Node) and values.args else None
+    return packed if isinstance(packed, fx.Node) and packed.target in _PACKERS else None
+
+
 def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
     """The left operand that the matmul of a site multiplies, with its zeros.
+
+    For a packed product it is what there was before two of four were selected.
 
     Args:
         target: the op of the node: one of ours, or the matmul that stayed dense.
@@ -149,6 +187,11 @@ def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
         open_RK = reference.activation(gate_RK, activation)
         # A closed neuron is skipped whatever the other factor holds, NaN included.
         return torch.where(open_RK == 0, 0, open_RK * (x @ w_up.mT))
+    if target is _ops.linear_sparsify24.default:
+        x, w1, bias, activation, *_ = args
+        return reference.activation(torch.nn.functional.linear(x, w1, bias), activation)
+    if target in _PACKERS:
+        return reference.activation(args[0], args[1])
     if target in (_aten.addmm.default, _aten.baddbmm.default):
         return args[1]
     return args[0]

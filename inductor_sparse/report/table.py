@@ -39,8 +39,22 @@ def row(decision: Decision) -> Row:
         "sparse" if applied else reason,
     )
     rule = f"{decision.rule} ({decision.tier.value})" if decision.rule else ""
-    note = ", ".join(part for part in (decision.source, rule, decision.detail) if part)
+    parts = (decision.source, rule, decision.detail, _kernel(decision))
+    note = ", ".join(part for part in parts if part)
     return Row(cells, note, applied)
+
+
+def _kernel(decision: Decision) -> str:
+    """The kernel, its rate, and that as a share of what the device could do."""
+    if not decision.kernel or decision.tflops is None:
+        return ""
+    text = f"{decision.kernel}: {decision.tflops:.0f} TFLOP/s"
+    if decision.of_dense_peak is None or decision.of_sparse_peak is None:
+        return text
+    return (
+        f"{text}, {100 * decision.of_dense_peak:.0f} % of the dense and "
+        f"{100 * decision.of_sparse_peak:.0f} % of the sparse peak"
+    )
 
 
 def conclusion(decisions: Sequence[Decision], graphs: int, other_matmuls: int) -> str:
