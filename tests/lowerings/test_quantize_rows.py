@@ -86,9 +86,28 @@ def test_a_norm_and_the_quantization_behind_it_are_one_kernel(
     weight = torch.empty(4096, dtype=torch.bfloat16, device="meta")
     made = generate(block, x, weight)
     assert len(made.triton_kernels) == 1
-    assert "div.rn.f32" in made.code
+    assert "inline_asm_elementwise('div.rn.f32" in made.code
     (kernel,) = compile_triton(made, tmp_path).values()
     assert kernel.local == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "once", "dtype"),
+    [
+        (5120, True, torch.int8),
+        (32768, True, torch.float8_e4m3fn),
+        (32769, False, torch.float8_e4m3fn),
+    ],
+)
+def test_a_matrix_in_memory_is_read_once_if_a_row_fits(
+    columns: int, once: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    x = torch.empty(512, columns, dtype=torch.bfloat16, device="meta")
+    made = generate(lambda x: _quantize(dtype, x), x, dynamic=512)
+    assert ("row_scale(" in made.code) == once
+    (kernel,) = compile_triton(made, tmp_path).values()
+    assert kernel.local == 0
+    assert "div.rn.f32" in kernel.ptx and "div.full" not in kernel.ptx
 
 
 def test_a_gpu_without_e4m3_calls_the_op() -> None:
