@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import config, ops
+from inductor_sparse.runtime.graph_pools import outside_graph_pools
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,10 @@ def site_energy(anchor: Tensor, site: str) -> Tensor:
         limit = config.max_dropped_energy if graph is None else graph.limit
         with _lock:
             if key not in _sites:
-                _sites[key] = _Site(site, _allocate(anchor.device), limit)
+                values = outside_graph_pools(
+                    anchor.device, functools.partial(_zeros, anchor.device)
+                )
+                _sites[key] = _Site(site, values, limit)
                 _unsettled.append(_sites[key])
             state = _sites[key]
     elif graph is None and state in _unsettled:
@@ -147,28 +151,9 @@ def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
     return call
 
 
-def _allocate(device: torch.device) -> Tensor:
-    """Zeros that belong to no pool of a CUDA graph.
-
-    Inductor warms up a graph inside the graph's own pool, which holds for the thread
-    that does it; so another thread asks for the memory.
-    """
+def _zeros(device: torch.device) -> Tensor:
     shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
-    if device.type != "cuda":
-        return torch.zeros(shape, dtype=torch.float64, device=device)
-    made: list[Any] = []
-
-    def allocate() -> None:
-        with torch.cuda.device(device):
-            made.append(torch.zeros(shape, dtype=torch.float64, device=device))
-            made.append(torch.cuda.current_stream(device).record_event())
-
-    thread = threading.Thread(target=allocate)
-    thread.start()
-    thread.join()
-    values, filled = made
-    torch.cuda.current_stream(device).wait_event(filled)
-    return values
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def _is_capturing(device: torch.device) -> bool:
