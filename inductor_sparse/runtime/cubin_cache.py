@@ -22,7 +22,7 @@ VARIABLE = "INDUCTOR_SPARSE_CACHE_DIR"
 """Environment variable that names the folder; else it is inside Inductor's cache."""
 
 _MAGIC = b"inductor_sparse cubin 1\n"
-_warned: set[Path] = set()
+_warned: set[str] = set()
 
 
 def folder() -> Path:
@@ -82,7 +82,10 @@ def _content(data: bytes) -> bytes | None:
 
 
 def _warn_once(error: OSError) -> None:
-    place = folder()
+    try:
+        place = str(folder())
+    except OSError:  # Inductor makes its folder when asked where it is
+        place = "Inductor's cache folder"
     if place not in _warned:
         _warned.add(place)
         log.warning(

@@ -80,6 +80,21 @@ def test_a_folder_that_cannot_be_made_is_reported_once(
     assert cubin_cache.load("kernel") is None
 
 
+def test_inductors_folder_that_cannot_be_made_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.delenv(cubin_cache.VARIABLE)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "inductor"))
+    monkeypatch.setattr(cubin_cache, "_warned", set())
+    with caplog.at_level(logging.WARNING, cubin_cache.log.name):
+        for _ in range(2):
+            cubin_cache.store("kernel", CUBIN)
+    (record,) = caplog.records
+    assert "cannot be kept in Inductor's cache folder" in record.getMessage()
+    assert cubin_cache.load("kernel") is None
+
+
 def test_a_full_disk_leaves_nothing_behind(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
