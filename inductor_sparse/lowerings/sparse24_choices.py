@@ -181,6 +181,8 @@ class CheckedExtern(ExternKernelCaller):
     ) -> None:
         row, col = oracle.scales
         kwargs = {"row": row, "col": col, "out_dtype": layout.dtype}
+        # As ExternKernelChoice.bind, which makes its own kind of caller, would.
+        choice.ordered_kwargs_for_cpp_kernel = ()
         super().__init__(choice, inputs, layout, kwargs, has_out_variant=False)
         self.oracle = oracle
 
