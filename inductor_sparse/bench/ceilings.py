@@ -1,6 +1,7 @@
 """What the machine can do at best, measured in the same process as everything else.
 
-- The memory ceiling is a plain copy of a large buffer, bytes read plus bytes written.
+- The memory ceiling is a copy of a large buffer, bytes read plus bytes written, by the
+  faster of the device's own copy and an elementwise kernel.
 - The arithmetic ceiling is a large square matmul of random numbers by torch itself; a
   2:4 product may exceed it, as it does half of the multiplications.
 
@@ -21,7 +22,7 @@ from inductor_sparse.bench.models import DTYPES
 from inductor_sparse.bench.rows import Row
 from inductor_sparse.bench.timing import interleave
 
-COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
+COPY_BYTES = {"cpu": 2**26, "cuda": 2**29}
 """Size of the copied buffer: many times the last-level cache."""
 SQUARE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the square matmul."""
@@ -57,11 +58,15 @@ def measure(device: str, dtype: str, seconds: float = SECONDS) -> Ceilings:
 
 def _copy(device: str, seconds: float) -> float:
     """GB/s of a copy."""
-    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
+    source = torch.ones(COPY_BYTES[device] // 4, device=device)
     target = torch.empty_like(source)
-    calls = {"copy": lambda _: target.copy_(source)}
+    calls = {
+        "copy": lambda _: target.copy_(source),
+        "elementwise": lambda _: torch.neg(source, out=target),
+    }
     times = interleave(calls, seconds=seconds, device=device)
-    return 2 * source.nbytes / median(times["copy"]) / 1e3
+    fastest = min(median(samples) for samples in times.values())
+    return 2 * source.nbytes / fastest / 1e3
 
 
 def _matmul(device: str, dtype: str, seconds: float) -> float:

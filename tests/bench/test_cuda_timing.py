@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from inductor_sparse.bench import cuda_timing, timing
+from inductor_sparse.bench.cuda_timing import Captured
+
+
+class Span:
+    """Stands for an event; ``elapsed_time`` is in milliseconds, as torch's is."""
+
+    def __init__(self, milliseconds: float = 0.0) -> None:
+        self.milliseconds = milliseconds
+
+    def elapsed_time(self, end: Span) -> float:
+        return end.milliseconds - self.milliseconds
+
+
+@dataclasses.dataclass
+class Graph:
+    """Counts its replays."""
+
+    replays: int = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def captured(calls: int, *milliseconds: float) -> Captured:
+    """A graph of ``calls`` whose spans take ``milliseconds``."""
+    spans: Any = [(Span(), Span(one)) for one in milliseconds]
+    graph: Any = Graph()
+    return Captured(graph, spans, calls)
+
+
+@pytest.fixture(autouse=True)
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+
+
+def test_calls_without_eviction_share_one_span() -> None:
+    assert captured(4, 2.0).sample_us(replays=1) == 500.0
+
+
+def test_evicted_calls_have_a_span_each() -> None:
+    assert captured(3, 0.010, 0.012, 0.050).sample_us(replays=1) == pytest.approx(12.0)
+
+
+def test_a_turn_lasts_until_the_clock_has_settled() -> None:
+    one = captured(2, 3.0)
+    assert cuda_timing._replays(one, before=None) == 4
+    assert cuda_timing._replays(one, before=lambda: None) == 1
+
+
+def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = {"a": captured(1, 6.0), "b": captured(1, 13.0)}
+    seen: list[Any] = []
+
+    def capture(name: str, call: Any, rotation: int, before: Any) -> Captured:
+        seen.append((name, rotation, before))
+        return graphs[name]
+
+    monkeypatch.setattr(cuda_timing, "capture", capture)
+    times = timing.interleave(
+        {"a": print, "b": print}, seconds=0, device="cuda", rotation=3, min_rounds=2
+    )
+    assert seen == [("a", 3, None), ("b", 3, None)]
+    assert times == {"a": [6000.0] * 2, "b": [13000.0] * 2}
+    # Two replays measure the length of a turn: 2 of 6 ms, 1 of 13 ms.
+    assert [graphs[name].graph.replays for name in "ab"] == [2 + 2 * 2, 2 + 2 * 1]

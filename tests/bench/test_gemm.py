@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from inductor_sparse import formats
+from inductor_sparse.bench import ceilings, gemm, rivals, tables
+from inductor_sparse.bench.gemm import GemmCase
+from inductor_sparse.bench.rivals import Builder, Rival, RivalUnavailableError
+
+CASE = GemmCase(64, 128, 32, "bfloat16", "random", 1.0)
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ceilings of toys, and no compiled graph left behind."""
+    low = ceilings.Ceilings(copy_gb_per_s=10.0, matmul_tflop_per_s=0.1)
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtype: low)
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our side without compilation."""
+
+    def eager(operands: gemm.Operands, autotune: bool) -> Rival:
+        op = torch.ops.inductor_sparse.sparse24_mm
+        given = (operands.values, operands.metadata, operands.weight_NK.t())
+        scales = (operands.row_scale_M, operands.col_scale_N)
+        return Rival(lambda _: op(*given, *scales), sparse=True, note="eager")
+
+    monkeypatch.setattr(gemm, "ours", eager)
+
+
+@pytest.mark.slow
+def test_a_row_is_consistent() -> None:
+    (row,) = gemm.run([CASE], seconds=0.02)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert set(row["variants"]) == {"sparse24_mm", "torch.mm", "torch.compile"}
+    assert row["unavailable"]["cuSPARSELt"] == "needs a CUDA device"
+    best = row["variants"][row["baseline"]]
+    assert (best["us"], best["ratio"]) == (row["dense_us"], row["ratio"])
+    ours = row["variants"]["sparse24_mm"]
+    assert ours["tflop_per_s"] == pytest.approx(CASE.flop / row["sparse_us"] / 1e6)
+    assert ours["of_ceiling"] == pytest.approx(ours["tflop_per_s"] / 0.1)
+    assert ours["max_rel_err"] < 0.01
+    (cells,) = tables.cells(tables.GEMM, [row])
+    assert len(cells) == len(tables.headers(tables.GEMM))
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_quick_leaves_out_what_compiles() -> None:
+    (row,) = gemm.run([CASE], seconds=0.01, quick=True)
+    assert row["unavailable"]["torch.compile"] == "left out by --quick"
+    assert row["baseline"] == "torch.mm"
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_wrong_result_is_never_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(operands: gemm.Operands) -> Rival:
+        wrong = torch.ones(CASE.tokens, CASE.features)
+        return Rival(lambda _: wrong, sparse=True)
+
+    monkeypatch.setitem(gemm.RIVALS, "wrong", Builder(build))
+    (row,) = gemm.run([CASE], seconds=0.01, quick=True)
+    assert "wrong" not in row["variants"]
+    assert row["unavailable"]["wrong"].startswith("computes something else")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_product_without_a_dense_side_is_refused() -> None:
+    case = dataclasses.replace(CASE, dtype="float8_e4m3fn")
+    with pytest.raises(RivalUnavailableError, match="no dense side runs here"):
+        list(gemm.run([case], seconds=0.01, quick=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
+def test_operands_are_one_matrix_in_several_forms(dtype: str) -> None:
+    operands = gemm.make_operands(dataclasses.replace(CASE, dtype=dtype))
+    wide = operands.activation_MK.float().view(64, -1, 4)
+    pruned = operands.pruned_MK.float().view(64, -1, 4)
+    kept = pruned != 0
+    assert kept.sum(-1).max() == 2
+    assert torch.equal(pruned[kept], wide[kept])
+    smallest_kept = pruned.abs().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    dropped = wide.abs().masked_fill(kept, 0)
+    assert (dropped <= smallest_kept).all()
+    unpacked = formats.unpack(operands.values, operands.metadata, 128)
+    assert torch.equal(unpacked.float(), operands.pruned_MK.float())
+    assert (operands.row_scale_M is None) == (dtype == "bfloat16")
+
+
+def test_packing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gemm.make_operands(dataclasses.replace(CASE, tokens=200))
+    monkeypatch.setattr(gemm, "ROWS_PACKED", 64)
+    pieces = gemm.make_operands(dataclasses.replace(CASE, tokens=200))
+    for field in ("values", "metadata", "pruned_MK"):
+        assert torch.equal(getattr(whole, field), getattr(pieces, field))
+
+
+def test_random_data_have_one_density() -> None:
+    todo = gemm.cases(
+        tokens=[8, 16],
+        sizes=[(32, 64)],
+        dtypes=["bfloat16"],
+        data=["random", "trained"],
+        densities=[0.05, 0.1],
+        device="cpu",
+    )
+    found = [(case.tokens, case.data, case.density) for case in todo]
+    each = [("random", 1.0), ("trained", 0.05), ("trained", 0.1)]
+    assert found == [(m, *kind) for m in (8, 16) for kind in each]
+    assert (todo[0].hidden, todo[0].features) == (64, 32)
+
+
+def test_kernels_are_read_from_generated_code() -> None:
+    source = """
+        sparse24_mm_0.run(buf0, buf1, arg3_1, buf2, stream=stream0)
+        extern_kernels.mm(buf2, arg1_1, out=buf3)
+        triton_poi_fused_0.run(buf3, 8, stream=stream0)
+        torch.ops.aten._cslt_sparse_mm.default(buf0, arg3_1)
+        triton_poi_fused_0.run(buf4, 8, stream=stream0)
+    """
+    assert rivals.kernels_of(source) == (
+        "sparse24_mm_0, mm, triton_poi_fused_0, aten._cslt_sparse_mm.default"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("_scaled_mm", "for float8_e4m3fn only"),
+        ("_int_mm", "for int8 only"),
+        ("cuSPARSELt", "needs a CUDA device"),
+        ("core CUTLASS", "needs a CUDA device"),
+    ],
+)
+def test_a_side_that_cannot_run_says_why(name: str, reason: str) -> None:
+    operands = gemm.make_operands(CASE)
+    with pytest.raises(RivalUnavailableError, match=reason):
+        rivals.RIVALS[name].build(operands)
