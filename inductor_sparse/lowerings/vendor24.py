@@ -15,6 +15,7 @@ and ``C`` blocks of 64 rows and of 64 columns of the packed operand.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,24 +153,33 @@ def cusparselt(
         product_dtype = narrow
     algorithm = _cusparselt_algorithm(compressed, w, product_dtype)
     product = torch._cslt_sparse_mm(
-        compressed, w, out_dtype=product_dtype, alg_id=algorithm
+        compressed, w, out_dtype=product_dtype, **algorithm._asdict()
     )
     return _scaled(product[:M], row_scale, col_scale, out)
 
 
-_algorithms: dict[tuple[object, ...], int] = {}
+class _Algorithm(NamedTuple):
+    """How cuSPARSELt multiplies: its number, and how it splits the reduction."""
+
+    alg_id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+_algorithms: dict[tuple[object, ...], _Algorithm] = {}
 
 
 def _cusparselt_algorithm(
     compressed: Tensor, w: Tensor, out_dtype: torch.dtype | None
-) -> int:
+) -> _Algorithm:
     """The fastest algorithm for these operands; while capturing a graph the default."""
     key = (compressed.shape, w.shape, w.stride(), w.dtype, out_dtype, w.device)
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
-            return 0
-        found = torch._cslt_sparse_mm_search(compressed, w, out_dtype=out_dtype)
-        _algorithms[key] = int(found)
+            return _Algorithm()
+        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
+        found = search(compressed, w, None, None, out_dtype, False)
+        _algorithms[key] = _Algorithm(*map(int, found[:3]))
     return _algorithms[key]
 
 

@@ -1,0 +1,213 @@
+"""Candidates for autotuning: which there are, and that a wrong one never wins."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fake_cuda
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor import ir
+
+from inductor_sparse import formats
+from inductor_sparse.lowerings import (
+    candidate_check,
+    sparse24_choices,
+    sparse24_mm,
+    tile_model,
+    vendor24,
+)
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+M, N, K = 200, 64, 192
+op = torch.ops.inductor_sparse.sparse24_mm
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, ...]:
+    draw = candidate_check.generator(CPU)
+    shape = formats.values_shape(M, K)
+    values = candidate_check.random_values(shape, K, BF16, CPU, draw)
+    words = formats.metadata_shape(M, K)
+    metadata = candidate_check.random_metadata(words, CPU, draw)
+    w = candidate_check.random_weight(torch.empty(K, N, dtype=BF16), draw)
+    return values, metadata, w
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    class Clock:
+        def benchmark_gpu(self, fn: Callable[[], object]) -> float:
+            fn()
+            return 0.25
+
+    monkeypatch.setattr(sparse24_choices, "benchmarker", Clock())
+    yield
+
+
+def timed(compute: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
+    oracle = sparse24_choices.Oracle((False, False))
+    return sparse24_choices.checked_time("candidate", oracle, compute, inputs)
+
+
+def test_a_right_result_is_timed(inputs: tuple[Tensor, ...]) -> None:
+    assert timed(op, inputs) == 0.25
+
+
+def test_a_wrong_result_takes_forever(
+    inputs: tuple[Tensor, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(*args: Tensor) -> Tensor:
+        result = op(*args)
+        result[64:128, 8:16] = 0
+        return result
+
+    assert timed(wrong, inputs) == math.inf
+    assert "candidate is off by" in caplog.text
+    assert "not a candidate; please report it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore"),
+        ValueError("no such tile"),
+    ],
+)
+def test_a_failing_candidate_takes_forever(
+    problem: Exception, inputs: tuple[Tensor, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*args: Tensor) -> Tensor:
+        raise problem
+
+    assert timed(failing, inputs) == math.inf
+    first_line = str(problem).partition("\n")[0]
+    assert caplog.messages == [f"candidate is not a candidate: {first_line}"]
+
+
+def test_the_answer_is_computed_once_and_forgotten(
+    inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    expected_rows = candidate_check.expected_rows
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return expected_rows(*args)
+
+    monkeypatch.setattr(candidate_check, "expected_rows", counted)
+    oracle = sparse24_choices.Oracle((False, False))
+    result = op(*inputs)
+    with sparse24_choices.forgetting(oracle):
+        assert oracle.error(result, inputs) < 1e-2
+        assert oracle.error(result, tuple(t.view_as(t) for t in inputs)) < 1e-2
+        assert len(calls) == 1
+    assert not oracle._inputs
+    assert oracle.error(result, inputs) < 1e-2
+    assert len(calls) == 2
+
+
+def choices_of(monkeypatch: pytest.MonkeyPatch, answer: int | Exception) -> list[Any]:
+    """What autotuning is offered; it takes the choice of number ``answer``."""
+    offered: list[Any] = []
+
+    def select(name: str, choices: list[Any], *rest: Any, **how: Any) -> ir.TensorBox:
+        offered.extend(choices)
+        assert how["return_multi_template"] is False
+        if isinstance(answer, Exception):
+            raise answer
+        return choices[answer].output_node()
+
+    monkeypatch.setattr(sparse24_mm, "autotune_select_algorithm", select)
+    return offered
+
+
+def generate(dtype: torch.dtype = BF16) -> fake_cuda.Generated:
+    words = formats.metadata_shape(512, 1024)
+    return fake_cuda.generate(
+        lambda v, m, w, b: op(v, m, w.t()) + b,
+        torch.empty(formats.values_shape(512, 1024), dtype=dtype, device="meta"),
+        torch.empty(words, dtype=torch.int32, device="meta"),
+        torch.empty(256, 1024, dtype=dtype, device="meta"),
+        torch.empty(256, dtype=BF16, device="meta"),
+        inductor={"max_autotune_gemm": True},
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("cusparselt", [False, True])
+def test_every_tile_and_the_kernels_of_others_are_offered(
+    cusparselt: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: cusparselt)
+    offered = choices_of(monkeypatch, 1)
+    generated = generate(dtype)
+    tiles = tile_model.tiles(dtype)
+    assert tuple(choice.tile for choice in offered[: len(tiles)]) == tiles
+    externs = [choice.choice for choice in offered[len(tiles) :]]
+    expected = [vendor24.MASKED_DENSE] + [vendor24.CUSPARSELT] * cusparselt
+    assert externs == expected
+    assert len({choice.hash_key() for choice in offered}) == len(offered)
+    assert generated.kernels == ("sparse24_mm_0",)
+    assert f"threads={tiles[1].threads}, cluster={tiles[1].cluster}" in generated.code
+
+
+def test_the_dense_product_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    choices_of(monkeypatch, -1)
+    generated = generate()
+    assert "extern_kernels.inductor_sparse_masked_dense(arg0_1" in generated.code
+    assert generated.cuda_kernels == ()
+
+
+def test_no_memory_to_measure_in_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choices_of(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    with caplog.at_level(logging.WARNING, logger=sparse24_mm.log.name):
+        generated = generate()
+    assert generated.kernels == ("sparse24_mm_0",)
+    assert "512x256x1024: not enough memory to measure candidates" in caplog.text
+
+
+def test_the_dense_product_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    offered = choices_of(monkeypatch, 0)
+    generate()
+    monkeypatch.setattr(sparse24_choices, "checked_time", lambda *args: math.inf)
+    nothing = torch.empty(0)
+    times = [choice.benchmark(nothing, out=nothing) for choice in offered]
+    assert [math.isfinite(time) for time in times[:-2]] == [False] * (len(times) - 2)
+    assert 1e6 < times[-2] < math.inf
+    assert times[-1] == math.inf
+
+
+def test_inputs_are_valid_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[int, Any] = {}
+
+    def select(name: str, choices: list[Any], *rest: Any, **how: Any) -> ir.TensorBox:
+        monkeypatch.setattr(
+            sparse24_choices,
+            "_example",
+            lambda node: torch.empty_strided(
+                [int(n) for n in node.get_size()],
+                [int(n) for n in node.get_stride()],
+                dtype=node.get_dtype(),
+            ),
+        )
+        for at, make in how["input_gen_fns"].items():
+            made[at] = make(choices[0].input_nodes[at])
+        return choices[0].output_node()
+
+    monkeypatch.setattr(sparse24_mm, "autotune_select_algorithm", select)
+    generate()
+    values, metadata, w = made[0], made[1], made[2]
+    formats.check_packed(values, metadata, 1024)
+    assert w.shape == (1024, 256)
+    assert w.stride() == (1, 1024)
+    assert timed(op, (values, metadata, w)) == 0.25

@@ -1,0 +1,93 @@
+"""Every tile of the Hopper kernel, compiled by NVRTC for a GPU that is not here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import fake_cuda
+import pytest
+import torch
+
+from inductor_sparse.lowerings import sparse24_kernel, tile_model
+from inductor_sparse.lowerings.sparse24_kernel import TileConfig
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+TILES = [
+    pytest.param(dtype, order, tile, id=f"{dtype}-{order}-{tile}")
+    for dtype, order, count in (
+        (BF16, "k", 99),
+        (E4M3, "k", 99),
+        (BF16, "n", 2),
+        (torch.float16, "k", 1),
+        (torch.int8, "k", 1),
+    )
+    for tile in tile_model.tiles(dtype, order)[:count]
+]
+
+
+def source(dtype: torch.dtype, order: str, tile: TileConfig) -> str:
+    scaled = dtype.itemsize == 1
+    return sparse24_kernel.kernel_source(
+        "sparse24_mm",
+        dtype,
+        tile,
+        sparse24_kernel.plain_epilogue(BF16, 4096),
+        b_order=order,
+        has_row_scale=scaled,
+        has_col_scale=scaled,
+    )
+
+
+@pytest.mark.parametrize("dtype, order, tile", TILES)
+def test_a_tile_compiles_and_its_instructions_overlap(
+    dtype: torch.dtype, order: str, tile: TileConfig, tmp_path: Path
+) -> None:
+    compiled = fake_cuda.compile_cuda(source(dtype, order, tile), tmp_path)
+    # C7510 and its kin: ptxas made wgmma wait for itself.
+    assert "C75" not in compiled.log
+    assert compiled.registers <= 168
+    assert compiled.local <= 64
+
+
+def main_loop(sass: list[str]) -> list[str]:
+    """The shortest loop that multiplies."""
+    labels = {
+        found.group(1): at
+        for at, line in enumerate(sass)
+        if (found := re.match(r"\s*(\.L_x_\d+):", line))
+    }
+    loops = []
+    for end, line in enumerate(sass):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        body = sass[labels.get(target.group(1), end) : end] if target else []
+        if any("GMMA" in instruction for instruction in body):
+            loops.append(body)
+    return min(loops, key=len)
+
+
+LARGEST = [
+    pytest.param(dtype, tile_model.tiles(dtype)[0], id=str(dtype))
+    for dtype in (BF16, E4M3)
+]
+
+
+@pytest.mark.parametrize("dtype, tile", LARGEST)
+def test_nothing_is_spilled_in_the_main_loop(
+    dtype: torch.dtype, tile: TileConfig, tmp_path: Path
+) -> None:
+    import triton
+
+    fake_cuda.compile_cuda(source(dtype, "k", tile), tmp_path)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    sass = subprocess.run(
+        [tools / "nvdisasm", "-c", tmp_path / "kernel.cubin"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    loop = main_loop(sass)
+    assert sum("GMMA" in line for line in loop) >= 2
+    assert [line for line in loop if "LDL" in line or "STL" in line] == []
