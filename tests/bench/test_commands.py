@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from inductor_sparse import cli
-from inductor_sparse.bench import ffn
+from inductor_sparse.bench import ffn, gemm
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -29,6 +30,11 @@ def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("--features", "1.5", "'1.5' is not a whole number above 0"),
         ("--seconds", "nan", "'nan' is not a duration above 0"),
         ("--device", "tpu", "invalid choice: 'tpu'"),
+        ("--size", "4096", "'4096' is not FEATURESxHIDDEN"),
+        ("--size", "8x16,4x0", "'0' is not a whole number above 0"),
+        ("--data", "real", "'real' is not one of random, trained"),
+        ("--settings", "fast", "'fast' is not one of default, freezing"),
+        ("--quantize", "fp4", "invalid choice: 'fp4'"),
     ],
 )
 def test_bench_rejects_bad_arguments(
@@ -121,7 +127,7 @@ def test_interrupt_keeps_and_shows_the_rows(
     assert captured.err.endswith("interrupted\n")
 
 
-@pytest.mark.parametrize("kind", ["ffn", "pack", "compile"])
+@pytest.mark.parametrize("kind", ["ffn", "gemm", "pack", "compile"])
 def test_bench_rejects_a_device_that_is_not_there(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,3 +145,40 @@ def test_plot_command_names_its_picture(
     assert cli.main(["bench", "plot", str(rows), "--out", str(out)]) == cli.OK
     assert capsys.readouterr().out.strip() == str(out)
     assert out.exists()
+
+
+def test_sizes_and_data_are_axes_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--op", "down", "--size", "8x16,4x32", "--data", "random,trained"]
+    sweep = sweep_of(monkeypatch, *argv, "--quantize", "int8")
+    found = [(case.features, case.hidden, case.data) for case in sweep.cases]
+    data = ("random", "trained")
+    assert found == [(*size, kind) for size in ((8, 16), (4, 32)) for kind in data]
+    assert {case.quantize for case in sweep.cases} == {"int8"}
+
+
+def test_settings_and_format_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--settings", "max-autotune,default", "--activation-format", "2:4"]
+    sweep = sweep_of(monkeypatch, *argv)
+    assert [setting.name for setting in sweep.settings] == ["default", "max-autotune"]
+    assert sweep.options == {"sparse.activation_format": "2:4"}
+
+
+def test_a_gpu_leaves_freezing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    sweep = sweep_of(monkeypatch, "--device", "cuda")
+    assert [setting.name for setting in sweep.settings] == ["default", "max-autotune"]
+    assert len(sweep_of(monkeypatch).settings) == 4
+
+
+def test_gemm_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[gemm.GemmCase] = []
+    monkeypatch.setattr(gemm, "run", lambda todo, *_: iter(seen.extend(todo) or []))
+    argv = ["bench", "gemm", "--tokens", "8,16", "--size", "4x8", "--data", "trained"]
+    argv += ["--density", "0.1", "--dtype", "int8", "--json", str(tmp_path / "r.jsonl")]
+    assert cli.main(argv) == cli.OK
+    assert [case.tokens for case in seen] == [8, 16]
+    row = dataclasses.asdict(seen[0])
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    seen.clear()
+    assert cli.main([*argv, "--resume"]) == cli.OK
+    assert [case.tokens for case in seen] == [16]
