@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import device_interface
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import view_to_reshape
 from torch._inductor.debug import DebugContext
@@ -41,11 +41,11 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves
 
-from inductor_sparse import lowerings, passes
+from inductor_sparse import lowerings
 from inductor_sparse.decisions import Decision, GraphDecisions
-from inductor_sparse.passes.base import PassContext
 
 Capability = tuple[int, int]
 
@@ -141,6 +141,7 @@ def _torch_patches(capability: Capability) -> Iterator[tuple[Any, str, Any]]:
         "is_initialized": False,
         "is_tf32_supported": True,
         "synchronize": None,
+        "_lazy_init": None,
     }
     for name, value in answers.items():
         yield torch.cuda, name, _answer(value)
@@ -267,7 +268,8 @@ def generate(
         if static is None:
             static = range(len(weights)) if weights else range(1, len(inputs))
         with torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
-            gm = _trace(function, fakes, symbolic=bool(sizes))
+            with mode:
+                gm = _trace_for_cuda(function, fakes, symbolic=bool(sizes))
             made = _run_passes(gm, options, static) if options is not None else ()
             return _lower(gm, fakes, shape_env, made)
 
@@ -315,6 +317,40 @@ def _functional(
     return call, [tensor.detach() for tensor in named.values()]
 
 
+def _trace_for_cuda(
+    fn: Callable[..., Any], fakes: Sequence[Tensor], *, symbolic: bool
+) -> torch.fx.GraphModule:
+    """The aten graph of ``fn`` on CUDA.
+
+    A torch without CUDA cannot call some methods of such tensors, such as
+    ``contiguous``; then the graph is that of CPU tensors, moved.
+    """
+    try:
+        return _trace(fn, fakes, symbolic=symbolic)
+    except RuntimeError as error:
+        if "not linked with support for cuda" not in str(error):
+            raise
+    on_cpu = [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+        for t in fakes
+    ]
+    return _moved_to_cuda(_trace(fn, on_cpu, symbolic=symbolic), fakes)
+
+
+def _moved_to_cuda(
+    gm: torch.fx.GraphModule, fakes: Sequence[Tensor]
+) -> torch.fx.GraphModule:
+    for node in gm.graph.nodes:
+        if "device" in node.kwargs:
+            device = torch.device("cuda:0")
+            node.kwargs = {**node.kwargs, "device": device}
+    FakeTensorProp(gm, detect_fake_mode(list(fakes))).propagate_dont_convert_inputs(
+        *fakes
+    )
+    gm.recompile()
+    return gm
+
+
 def _trace(
     fn: Callable[..., Any], fakes: Sequence[Tensor], *, symbolic: bool
 ) -> torch.fx.GraphModule:
@@ -336,6 +372,9 @@ def _trace(
 def _run_passes(
     gm: torch.fx.GraphModule, options: Mapping[str, Any], static: Sequence[int]
 ) -> tuple[Decision, ...]:
+    from inductor_sparse import passes
+    from inductor_sparse.passes.base import PassContext
+
     inputs = gm.graph.find_nodes(op="placeholder")
     record = GraphDecisions("fake_cuda")
     weights = frozenset(inputs[position].name for position in static)

@@ -12,11 +12,12 @@ import subprocess
 from pathlib import Path
 
 import torch
-from fake_cuda import Generated
+from fake_cuda import Generated, cuda_sources
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.select_algorithm import realize_inputs
 
+from inductor_sparse import templates
 from inductor_sparse.lowerings import common
 from inductor_sparse.lowerings.cuda_epilogue import PrintedEpilogue
 from inductor_sparse.lowerings.cuda_epilogue_ops import MEMORY_TYPES
@@ -55,8 +56,9 @@ extern "C" __global__ void small_mm(
     const bool ok0 = true, ok1 = n + 1 < N;
     float acc0 = 0.0f, acc1 = 0.0f;
     for (long long k = 0; k < K; k++) {{
-      acc0 += epilogue::decode(a[m * K + k]) * epilogue::decode(b[k * N + n]);
-      if (ok1) acc1 += epilogue::decode(a[m * K + k]) * epilogue::decode(b[k * N + n + 1]);
+      const float left = epilogue::decode(a[m * K + k]);
+      acc0 += left * epilogue::decode(b[k * N + n]);
+      if (ok1) acc1 += left * epilogue::decode(b[k * N + n + 1]);
     }}
     {body}
     {primary_store}
@@ -66,8 +68,6 @@ extern "C" __global__ void small_mm(
 
 
 def _render(a: ir.IRNode, b: ir.IRNode, epilogue: PrintedEpilogue) -> CudaLaunch:
-    from inductor_sparse import templates
-
     primary_param = primary_store = ""
     arguments = [a, b, a.get_size()[0], b.get_size()[1], b.get_size()[0]]
     signature = ["pointer", "pointer", "int64", "int64", "int64"]
@@ -117,36 +117,30 @@ static Three blockIdx = {0, 0, 0}, threadIdx = {0, 0, 0}, blockDim = {1, 1, 1},
 
 
 def on_cpu(generated: Generated, folder: Path, *inputs: Tensor) -> list[Tensor]:
-    """The buffers that the one kernel of ``generated`` writes, computed on the CPU.
+    """What ``generated`` returns, computed on the CPU by its one kernel.
 
-    ``inputs`` are real CPU tensors for the graph's inputs, in order.
+    ``inputs`` are CPU tensors for the graph's inputs, in order.
     """
     code = generated.code
-    (call,) = re.findall(r"(small_mm_\d+)\.run\((.*?), stream=", code)
-    tensors = {f"arg{at}_1": tensor for at, tensor in enumerate(inputs)}
-    wanted: list[Tensor] = []
-    buffers = re.findall(
+    ((name, arguments),) = re.findall(r"(small_mm_\d+)\.run\((.*?), stream=", code)
+    known: dict[str, object] = {"torch": torch, "reinterpret_tensor": torch.as_strided}
+    known |= {f"arg{at}_1": tensor for at, tensor in enumerate(inputs)}
+    for symbol, arg, at in re.findall(r"(s\d+) = (arg\d+_1)_size\[(\d)\]", code):
+        known[symbol] = known[arg].shape[int(at)]
+    for buffer, size, stride, dtype in re.findall(
         r"(buf\d+) = empty_strided_cuda\((\(.*?\)), (\(.*?\)), (torch\.\w+)\)", code
-    )
-    sizes = dict(re.findall(r"^ +(s\d+) = (arg\d+_1_size\[\d\])", code, re.M))
-    known = {
-        name: tensors[source.split("_size")[0]].shape[int(source[-2])]
-        for name, source in sizes.items()
-    }
-    for name, size, stride, dtype in buffers:
-        tensors[name] = torch.empty_strided(
-            eval(size, known), eval(stride, known), dtype=eval(dtype)
-        )
-        wanted.append(tensors[name])
-    values = [eval(text, dict(tensors) | known) for text in call[1].split(", ")]
-    _run(generated, call[0], folder, values)
-    return wanted
+    ):
+        text = f"torch.empty_strided({size}, {stride}, dtype={dtype})"
+        known[buffer] = eval(text, known)
+    values = eval(f"[{arguments}]", known)
+    _run(generated, name, folder, values)
+    (returned,) = re.findall(r"^ +return (\(.*\))$", code, re.M)
+    return list(eval(returned, known))
 
 
 def _run(generated: Generated, name: str, folder: Path, values: list[object]) -> None:
-    from fake_cuda import cuda_sources
-
-    path = folder / "kernel.cpp"
+    # A library that was loaded stays loaded under its name.
+    path = folder / f"kernel_{len(list(folder.iterdir()))}.cpp"
     path.write_text(_HOST + cuda_sources(generated.code)[name], encoding="utf-8")
     library = path.with_suffix(".so")
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o"]

@@ -109,9 +109,8 @@ class EpiloguePrinter:
         value = Pair("acc0", "acc1", torch.float32)
         if config.emulate_precision_casts and dtype != torch.float32:
             value = self.ops.rounded(value, dtype)
-        layout = product.get_layout().make_indexer()([where.m, where.n])
         self.product = name
-        self.stored = {name: _Stored(value, Location(sympy.expand(layout)))}
+        self.stored = {name: _Stored(value, self.space.row_major)}
         self._refused: set[str] = set()
 
     def fuse(self, node: SchedulerNode) -> bool:

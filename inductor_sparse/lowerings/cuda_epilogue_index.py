@@ -37,7 +37,11 @@ class Space:
 
     def __init__(self, M: sympy.Expr, N: sympy.Expr) -> None:
         self.M, self.N = sympy.sympify(M), sympy.sympify(N)
-        self.row_major = Location(self.N * m + n)
+        # As Inductor writes indices: a dimension of one element has no part in them.
+        row = m if self.M != 1 else sympy.Integer(0)
+        column = n if self.N != 1 else sympy.Integer(0)
+        self.row_major = Location(self.N * row + column)
+        self._transposed = Location(self.M * column + row)
 
     def simplify(self, index: sympy.Expr) -> sympy.Expr:
         """``index`` with what follows from ``m < M`` and ``n < N``."""
@@ -56,7 +60,7 @@ class Space:
         """(minor, its extent, major, its extent) of a location without gaps."""
         if self.is_row_major(location):
             return n, self.N, m, self.M
-        if known_equal(location.index, self.M * n + m):
+        if known_equal(location.index, self._transposed.index):
             return m, self.M, n, self.N
         raise Unsupported(f"a read of a buffer at {location.index}")
 

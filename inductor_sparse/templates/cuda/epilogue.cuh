@@ -7,6 +7,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __restrict__
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 #endif
 
 namespace epilogue {
@@ -101,7 +102,6 @@ inline void encode(e4m3& to, float x) {
 inline float maximum(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
 inline float minimum(float x, float y) { return x != x ? x : y != y ? y : x < y ? x : y; }
 inline float rounded_product(float x, float y) { return x * y; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 #endif
 

@@ -1,0 +1,164 @@
+"""Epilogues in another order than the product, and those that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_cuda_op
+import torch
+from fake_cuda import generate
+from small_cuda_op import mm
+from torch import Tensor
+
+from inductor_sparse.lowerings.cuda_epilogue import EpiloguePrinter
+
+Function = Callable[..., Any]
+
+small_cuda_op.register()
+
+
+def inputs(*shapes: tuple[int, ...], M: int = 6, N: int = 8) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape) for shape in ((M, 4), (4, N), *shapes)]
+
+
+def check(fn: Function, folder: Path, *given: Tensor, **options: Any) -> str:
+    """One kernel computes ``fn``; returns its text."""
+    generated = generate(fn, *given, **options)
+    assert len(generated.kernels) == len(generated.cuda_kernels) == 1
+    exact = fn(*given)
+    exact = exact if isinstance(exact, tuple) else (exact,)
+    actual = small_cuda_op.on_cpu(generated, folder, *given)
+    for ours, wanted in zip(actual, exact, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    return generated.code
+
+
+@pytest.mark.parametrize("dynamic", [(), (2,), (2, 3)])
+def test_three_dimensions(dynamic: tuple[int, ...], tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        y = mm(a.view(-1, 4), b).view(residual.shape)
+        return (y + bias).relu() * residual
+
+    a, *given = inputs((8,), (2, 3, 8))
+    code = check(fn, tmp_path, a.view(2, 3, 4), *given, dynamic=dynamic)
+    assert code.count("epilogue::load2(in_ptr") == 2
+
+
+def test_what_the_rows_of_a_batch_share(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, of_batch: Tensor, of_row: Tensor) -> Tensor:
+        return mm(a, b).view(2, 3, 8) * of_batch + of_row
+
+    check(fn, tmp_path, *inputs((2, 1, 1), (3, 8)))
+
+
+def test_heads_are_split_off_and_moved(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        heads = (mm(a, b) + bias).view(6, 2, 4).transpose(0, 1)
+        return heads.contiguous() * 2
+
+    check(fn, tmp_path, *inputs((8,)))
+
+
+@pytest.mark.parametrize("M", [6, 8])
+def test_a_transposed_result(M: int, tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        y = mm(a, b)
+        return (y.t() + residual).contiguous(), y * 2
+
+    check(fn, tmp_path, *inputs((8, M), M=M))
+
+
+def test_a_transposed_residual(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, residual: Tensor) -> Tensor:
+        return mm(a, b) + residual.t()
+
+    check(fn, tmp_path, *inputs((8, 6)))
+
+
+def test_one_row_and_one_column(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return mm(a, b) + bias
+
+    check(fn, tmp_path, *inputs((8,), M=1))
+    check(fn, tmp_path, *inputs((1,), N=1))
+
+
+def test_the_product_is_kept_for_other_readers(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        y = mm(a, b)
+        z = y.relu()
+        return y, z.square(), (z + 1).half()
+
+    check(fn, tmp_path, *inputs())
+
+
+@pytest.fixture
+def refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What printers refuse, in order."""
+    refused: list[str] = []
+    fuse = EpiloguePrinter.fuse
+
+    def spy(printer: EpiloguePrinter, node: Any) -> bool:
+        fused = fuse(printer, node)
+        if not fused:
+            refused.append(printer.refusals[node.get_name()])
+        return fused
+
+    monkeypatch.setattr(EpiloguePrinter, "fuse", spy)
+    return refused
+
+
+def small_then_triton(fn: Function, *given: Tensor) -> str:
+    """The wrapper of ``fn``, of which a second kernel computes a part."""
+    generated = generate(fn, *given)
+    assert len(generated.cuda_kernels) == 1
+    assert len(generated.triton_kernels) >= 1
+    call = generated.code[generated.code.index("def call") :]
+    assert call.index("small_mm_") < call.index("triton_poi_fused")
+    return call
+
+
+def test_an_unknown_op_is_refused(refusals: list[str]) -> None:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.special.i0(mm(a, b)) * 2
+
+    call = small_then_triton(fn, *inputs())
+    assert refusals == ["the op i0 of torch.float32"]
+    assert call.index("buf0 = empty") < call.index("small_mm_") < call.index("del buf0")
+
+
+def test_float64_is_refused(refusals: list[str]) -> None:
+    small_then_triton(lambda a, b: mm(a, b).double().exp(), *inputs())
+    assert refusals == ["values of torch.float64"]
+
+
+def test_a_square_plus_its_transpose_is_two_kernels() -> None:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        y = mm(a, b)
+        return y + y.t()
+
+    small_then_triton(fn, *inputs(M=8))
+
+
+def test_what_reads_a_refused_node_runs_after_it(refusals: list[str]) -> None:
+    def fn(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = mm(a, b)
+        odd = torch.special.i0(y)
+        return y * 2, odd, odd.relu() + y
+
+    call = small_then_triton(fn, *inputs())
+    assert len(refusals) >= 1
+    assert "the op i0 of torch.float32" in refusals
+    assert all("other kernels compute" in refusal for refusal in refusals[1:])
+    assert call.count("del buf0") == 1
+
+
+def test_a_gather_from_the_product_is_refused() -> None:
+    def fn(a: Tensor, b: Tensor, at: Tensor) -> Tensor:
+        return mm(a, b)[at] + 1
+
+    small_then_triton(fn, *inputs(), torch.arange(6))
