@@ -10,6 +10,7 @@ from inductor_sparse.lowerings import (
     activation_spmm,
     glu_spmm,
     kept_tensors,
+    linear_sparsify24,
     quantize_rows,
     sparse24_mm,
 )
@@ -21,6 +22,7 @@ def register_all() -> None:
         activation_spmm,
         glu_spmm,
         kept_tensors,
+        linear_sparsify24,
         quantize_rows,
         sparse24_mm,
     ):

@@ -1,0 +1,279 @@
+"""``linear_sparsify24``: one kernel on Hopper, or a product and the packing behind it.
+
+The kernel is taken where its tiles are expected to fill the GPU; with autotuning on it
+is measured beside the pair.
+
+Shape legend: ``M`` tokens, ``D`` features of the model, ``K`` neurons, ``S`` packed
+neurons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, lowerings
+from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
+from torch._inductor.virtualized import V
+
+from inductor_sparse import _compat, formats
+from inductor_sparse.lowerings import (
+    common,
+    linear_sparsify24_choices,
+    linear_sparsify24_kernel,
+)
+from inductor_sparse.lowerings.cuda_epilogue import PrintedEpilogue
+from inductor_sparse.lowerings.cuda_template import (
+    CudaLaunch,
+    CudaTemplateBuffer,
+    wrapper_can_launch,
+)
+from inductor_sparse.lowerings.linear_sparsify24_kernel import TileConfig
+
+log = logging.getLogger(__name__)
+
+OP_NAME = "linear_sparsify24"
+OP = common.op(OP_NAME)
+SPARSIFY = common.op("sparsify24")
+
+_ANY_M = 8192
+"""Tokens assumed where nothing is known about them."""
+
+_ALIGNMENT = 16
+
+Packed = tuple[ir.TensorBox, ir.TensorBox]
+
+
+class Refused(Exception):
+    """The kernel does not take a call; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of the op with its operands in memory; ``M`` may be symbolic.
+
+    ``given`` are x, w1, bias and energy as the op got them.
+    """
+
+    given: tuple[Any, Any, Any, Any]
+    x: Any
+    w1: Any
+    bias: Any
+    energy: Any
+    activation: str
+    select: str
+
+    @property
+    def operands(self) -> list[Any]:
+        """What is read: x, w1, and the bias if there is one."""
+        return [self.x, self.w1, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def sizes(self) -> tuple[Any, int, int]:
+        """``M``, ``D`` and ``K``."""
+        M, D = self.x.get_size()
+        return M, int(D), int(self.w1.get_size()[0])
+
+    @property
+    def tokens(self) -> int:
+        """``M``, or what it was when the graph was traced."""
+        M = self.x.get_size()[0]
+        return int(V.graph.sizevars.optimization_hint(M, fallback=_ANY_M))
+
+    @property
+    def layout(self) -> ir.FixedLayout:
+        """Of the values."""
+        M, _, K = self.sizes
+        size = list(formats.values_shape(M, K))
+        return ir.FixedLayout(self.x.get_device(), self.x.get_dtype(), size)
+
+
+def tuned_linear_sparsify24(
+    x: ir.TensorBox,
+    w1: ir.TensorBox,
+    bias: ir.TensorBox | None,
+    activation: str,
+    select: str,
+    energy: ir.TensorBox | None = None,
+) -> Packed:
+    """Lower ``linear_sparsify24``: ``(values, metadata)``."""
+    try:
+        call = _call(x, w1, bias, energy, activation, select)
+    except Refused as reason:
+        log.info("%s is a product and a packing: %s", OP_NAME, reason)
+        return _pair(x, w1, bias, energy, activation, select)
+    return _fastest(call)
+
+
+def _pair(
+    x: ir.TensorBox,
+    w1: ir.TensorBox,
+    bias: ir.TensorBox | None,
+    energy: ir.TensorBox | None,
+    activation: str,
+    select: str,
+) -> Packed:
+    """The product, rounded to its dtype, and the packing."""
+    w1_DK = lowerings[common.aten.permute.default](w1, [1, 0])
+    if bias is None:
+        z_MK = lowerings[common.aten.mm.default](x, w1_DK)
+    else:
+        z_MK = lowerings[common.aten.addmm.default](bias, x, w1_DK)
+    sparsify = lowerings.get(SPARSIFY) or common.fallback(SPARSIFY)
+    return sparsify(z_MK, activation, select, energy)
+
+
+def _call(
+    x: ir.TensorBox,
+    w1: ir.TensorBox,
+    bias: ir.TensorBox | None,
+    energy: ir.TensorBox | None,
+    activation: str,
+    select: str,
+) -> Call:
+    """The operands as the kernel wants them; what it does not take is Refused."""
+    if x.get_device().type != "cuda":
+        raise Refused(f"no kernel for {x.get_device().type}")
+    if not wrapper_can_launch():
+        raise Refused("the kernel is launched from Python, the wrapper is not Python")
+    refusal = linear_sparsify24_kernel.kind_refusal(
+        x.get_device(), x.get_dtype(), activation
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    given = (x, w1, bias, energy)
+    vectors = [None if t is None else realize_inputs(t) for t in (bias, energy)]
+    vectors = [None if t is None else common.require_contiguous(t) for t in vectors]
+    return Call(given, _rows(x), _rows(w1), *vectors, activation, select)
+
+
+def _rows(matrix: ir.TensorBox) -> ir.IRNode:
+    """A matrix that TMA can fetch as it lies in memory; any other is Refused."""
+    matrix = realize_inputs(matrix)
+    if isinstance(matrix.get_layout(), ir.FlexibleLayout):
+        # Computed in this graph: nobody has decided yet how it lies in memory.
+        matrix = common.require_contiguous(matrix)
+    numbers = (int, sympy.Integer)
+    outer, inner = matrix.get_size()
+    stride = matrix.get_stride()
+    if not isinstance(inner, numbers) or not all(
+        isinstance(s, numbers) for s in stride
+    ):
+        raise Refused(f"sizes {matrix.get_size()} with strides {stride} are dynamic")
+    known = int(outer) if isinstance(outer, numbers) else 1
+    refusal = linear_sparsify24_kernel.layout_refusal(
+        (known, int(inner)), (int(stride[0]), int(stride[1]))
+    )
+    if refusal is not None:
+        raise Refused(refusal)
+    offset = sympy.sympify(matrix.get_layout().offset * matrix.get_dtype().itemsize)
+    aligned = V.graph.sizevars.statically_known_multiple_of(offset, _ALIGNMENT)
+    if not aligned or matrix.get_name() in V.graph.unaligned_buffers:
+        raise Refused(f"{matrix.get_name()} does not start at {_ALIGNMENT} bytes")
+    return matrix
+
+
+def _fastest(call: Call) -> Packed:
+    """The kernel or the pair: measured if Inductor autotunes, expected otherwise."""
+    tuning = inductor_config.max_autotune or inductor_config.max_autotune_gemm
+    distinct = len({t.get_name() for t in call.operands}) == len(call.operands)
+    if tuning and distinct and not _compat.is_deterministic():
+        return _measured(call)
+    _, _, K = call.sizes
+    device = torch.cuda.get_device_properties(call.x.get_device())
+    tile = linear_sparsify24_kernel.best_tile(
+        call.tokens, K, device.multi_processor_count
+    )
+    log.info("%s %d tokens, %s: %s", OP_NAME, call.tokens, call.sizes, tile or "pair")
+    return _node(call, tile)
+
+
+def _node(call: Call, tile: TileConfig | None) -> Packed:
+    """The kernel with a tile, or the pair for None, in the graph."""
+    if tile is None:
+        return _pair(*call.given, call.activation, call.select)
+    M, _, K = call.sizes
+    R, C, words = formats.metadata_shape(M, K)
+    device = call.x.get_device()
+    metadata = empty_strided(
+        [R, C, words], [C * words, words, 1], dtype=torch.int32, device=device
+    )
+    written = [realize_inputs(metadata)]
+    if call.energy is not None:
+        written.append(call.energy)
+
+    def render(printed: PrintedEpilogue) -> CudaLaunch:
+        return _launch(call, tile, written[0], printed)
+
+    inputs = [*call.operands, *written]
+    buffer = CudaTemplateBuffer(call.layout, inputs, render, written)
+    values = ir.TensorBox.create(buffer)
+    # Lanes hold packed values: nothing can be computed from them on the way.
+    V.graph.no_fuse_buffer_names.add(buffer.get_name())
+    return values, metadata
+
+
+def _launch(
+    call: Call, tile: TileConfig, metadata: ir.IRNode, printed: PrintedEpilogue
+) -> CudaLaunch:
+    """The kernel's text and its arguments."""
+    assert printed.primary_buffer is not None and not printed.body
+    kernel = linear_sparsify24_kernel.kernel(
+        call.x.get_dtype(),
+        call.activation,
+        call.bias is not None,
+        call.energy is not None,
+        tile,
+    )
+    optional = [t for t in (call.bias, call.energy) if t is not None]
+    outputs = (printed.primary_buffer, metadata)
+    return CudaLaunch(
+        kernel.name,
+        kernel.source,
+        kernel.signature,
+        (call.x, call.w1, *optional, *outputs, *call.sizes),
+        threads=kernel.threads,
+        maps=kernel.maps,
+        cluster=kernel.cluster,
+        shared_bytes=kernel.shared_bytes,
+    )
+
+
+def _measured(call: Call) -> Packed:
+    """The fastest of all tiles and the pair, each checked before it is timed."""
+    made: dict[str, Packed] = {}
+
+    def maker(tile: TileConfig | None) -> Callable[[], ir.TensorBox]:
+        def make() -> ir.TensorBox:
+            made["packed"] = _node(call, tile)
+            return made["packed"][0]
+
+        return make
+
+    oracle = linear_sparsify24_choices.Oracle(call.activation)
+    choices = [
+        linear_sparsify24_choices.Candidate(
+            tile, call.operands, call.layout, oracle, maker(tile)
+        )
+        for tile in (None, *linear_sparsify24_kernel.TILES)
+    ]
+    with _compat.measuring_in_this_process():
+        autotune_select_algorithm(
+            OP_NAME,
+            choices,
+            call.operands,
+            call.layout,
+            return_multi_template=False,
+        )
+    return made["packed"]
+
+
+def register() -> None:
+    """Register the lowering with Inductor; calling it again changes nothing."""
+    common.register(OP, tuned_linear_sparsify24)

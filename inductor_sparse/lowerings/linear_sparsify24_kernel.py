@@ -1,0 +1,259 @@
+"""The Hopper kernel of ``linear_sparsify24``: its tiles, what it takes, its launch.
+
+:func:`linear_sparsify24` is the op on CUDA: the kernel where there is one for the
+device and the operands, else the product and the packing one after the other.
+
+Shape legend: ``M`` tokens, ``D`` features of the model, ``K`` neurons, ``S`` packed
+neurons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jinja2
+import torch
+from torch import Tensor
+
+from inductor_sparse import formats, ops, profitability, reference, templates
+from inductor_sparse.lowerings import vendor24
+from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
+
+DTYPE_NAMES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Dtypes of the operands, and what PTX calls them."""
+
+ACTIVATIONS = ("relu", "relu2")
+"""Their values are never negative, so both ways to select are the same."""
+
+SHARED_BYTES = 232_448
+"""Dynamic shared memory that a block may have on sm_90 (227 KiB)."""
+
+_PACK_BYTES = 2 * 16 * 128
+_MAX_SIZE = 2**30
+_ALIGNMENT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How a CTA tiles the product.
+
+    ``consumers`` warpgroups compute 64 tokens each, all of them ``block_k`` neurons; a
+    ``cluster`` of CTAs, adjacent along M, shares each tile of the weight; ``stages``
+    tiles are in flight; ``group`` rows of clusters go through the neurons together.
+    """
+
+    consumers: int = 2
+    block_k: int = 256
+    stages: int = 4
+    cluster: int = 2
+    group: int = 4
+
+    @property
+    def block_m(self) -> int:
+        """Tokens of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA: the consumers and one warpgroup that produces."""
+        return 128 * (self.consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of dynamic shared memory: ring, packing, barriers, alignment."""
+        ring = self.stages * (self.block_m + self.block_k) * 128
+        return ring + 4 * self.consumers * _PACK_BYTES + 16 * self.stages + 1024
+
+    def __str__(self) -> str:
+        """As in ``128x256 cluster 2 stages 4``."""
+        return (
+            f"{self.block_m}x{self.block_k} cluster {self.cluster} stages {self.stages}"
+        )
+
+
+TILES: dict[TileConfig, float] = {
+    TileConfig(): 1.0,
+    TileConfig(cluster=1): 0.995,
+    TileConfig(block_k=128, stages=6): 0.98,
+}
+"""The tiles there are, and their rates relative to the first on an H200 (bf16, 512 to
+8192 tokens, 4096 -> 16384 to 8192 -> 28672: within 0.5 % of what is here)."""
+
+PAIR_RATE = 0.93
+"""The rate of cuBLAS and the packing behind it, likewise: 0.92 to 0.985."""
+
+
+def rate(M: int, K: int, tile: TileConfig, processors: int) -> float:
+    """The expected rate of a tile, relative to one that fills every wave of CTAs."""
+    tokens = tile.block_m * tile.cluster
+    clusters = -(-M // tokens) * -(-K // tile.block_k)
+    at_once = processors // tile.cluster
+    computed = -(-clusters // at_once) * at_once * tokens * tile.block_k
+    used = at_once * tile.cluster / processors
+    return TILES[tile] * used * M * K / computed
+
+
+def best_tile(M: int, K: int, processors: int) -> TileConfig | None:
+    """The tile for a size, or None where the pair is expected to be faster."""
+    tile = max(TILES, key=lambda tile: rate(M, K, tile, processors))
+    return tile if rate(M, K, tile, processors) >= PAIR_RATE else None
+
+
+def kernel_source(
+    name: str,
+    dtype: torch.dtype,
+    tile: TileConfig,
+    *,
+    activation: str = "relu2",
+    has_bias: bool = False,
+    has_energy: bool = False,
+) -> str:
+    """CUDA C++ of one kernel.
+
+    Args:
+        name: name of the kernel.
+        dtype: of the operands; a key of :data:`DTYPE_NAMES`.
+        tile: how it tiles the product.
+        activation: one of :data:`ACTIVATIONS`.
+        has_bias: whether there is a bias.
+        has_energy: whether it counts what is kept of what energy.
+    """
+    text = templates.load("cuda/linear_sparsify24.cu.jinja")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    return environment.from_string(text).render(
+        **dataclasses.asdict(tile),
+        name=name,
+        dtype=DTYPE_NAMES[dtype],
+        square=activation == "relu2",
+        has_bias=has_bias,
+        has_energy=has_energy,
+        shared_bytes=SHARED_BYTES,
+        # ptxas gives 168 registers to each of 384 threads; the consumers take what
+        # the producer does not need.
+        consumer_registers=232,
+        producer_registers=40,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def kernel(
+    dtype: torch.dtype,
+    activation: str,
+    has_bias: bool,
+    has_energy: bool,
+    tile: TileConfig,
+) -> CudaKernel:
+    """The kernel, compiled when it first runs.
+
+    Its arguments are x, w1, the bias and the energy if there are any, values, metadata,
+    then M, D and K.
+    """
+    name = f"linear_sparsify24_{DTYPE_NAMES[dtype]}"
+    source = kernel_source(
+        name,
+        dtype,
+        tile,
+        activation=activation,
+        has_bias=has_bias,
+        has_energy=has_energy,
+    )
+    pointers = 2 + has_bias + has_energy
+    return CudaKernel(
+        name,
+        source,
+        signature=("map",) * 2 + ("pointer",) * pointers + ("int32",) * 3,
+        maps=(
+            TensorMap(box=(64, tile.block_m), swizzle=128),
+            TensorMap(box=(64, tile.block_k // tile.cluster), swizzle=128),
+        ),
+        threads=tile.threads,
+        cluster=tile.cluster,
+        shared_bytes=tile.shared_bytes,
+        grid="persistent",
+    )
+
+
+def refusal(x: Tensor, w1: Tensor, activation: str) -> str | None:
+    """Why the kernel does not take these operands of one dtype, or None."""
+    unknown = kind_refusal(x.device, x.dtype, activation)
+    if unknown is not None:
+        return unknown
+    if (x.data_ptr() | w1.data_ptr()) % _ALIGNMENT:
+        return f"an operand does not start at a multiple of {_ALIGNMENT} bytes"
+    return layout_refusal(x.shape, x.stride()) or layout_refusal(w1.shape, w1.stride())
+
+
+def kind_refusal(
+    device: torch.device, dtype: torch.dtype, activation: str
+) -> str | None:
+    """Why there is no kernel, whatever the sizes, or None."""
+    arch = profitability.architecture(device)
+    if vendor24.ROUTES.get(arch) != "own":
+        return f"it is for sm_90, this is {arch}"
+    if dtype not in DTYPE_NAMES:
+        return f"it has no code for {dtype}"
+    if activation not in ACTIVATIONS:
+        return f"values of {activation!r} may be negative"
+    return None
+
+
+def layout_refusal(size: tuple[int, ...], stride: tuple[int, ...]) -> str | None:
+    """Why TMA cannot fetch a 16-bit matrix of this layout, or None."""
+    if 0 in size or max(size) > _MAX_SIZE:
+        return f"a size of {tuple(size)} is 0 or over {_MAX_SIZE}"
+    if stride[1] != 1 or stride[0] < size[1] or stride[0] * 2 % _ALIGNMENT:
+        return f"rows with strides {tuple(stride)} are not aligned to {_ALIGNMENT} B"
+    return None
+
+
+def launch(
+    tile: TileConfig,
+    x: Tensor,
+    w1: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    energy: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``(values, metadata)`` of operands that are not refused, on the current stream.
+
+    Raises:
+        SparseKernelError: the kernel cannot be compiled or launched.
+    """
+    (M, D), K = x.shape, w1.shape[0]
+    values = x.new_empty(formats.values_shape(M, K))
+    metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
+    run = kernel(x.dtype, activation, bias is not None, energy is not None, tile).run
+    optional = [t for t in (bias, energy) if t is not None]
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        run(x, w1, *optional, values, metadata, M, D, K, stream=stream)
+    return values, metadata
+
+
+def linear_sparsify24(
+    x: Tensor,
+    w1: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``linear_sparsify24`` on CUDA; arguments and results are those of the op.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit, or an unknown name.
+        SparseKernelError: the kernel cannot be compiled or launched.
+    """
+    reference.check_linear_sparsify24(x, w1, bias, activation, select)
+    if refusal(x, w1, activation) is None:
+        device = torch.cuda.get_device_properties(x.device)
+        tile = best_tile(x.shape[0], w1.shape[0], device.multi_processor_count)
+        if tile is not None:
+            bias = None if bias is None else bias.contiguous()
+            return launch(tile, x, w1, bias, activation, energy)
+    return ops.linear_sparsify24(x, w1, bias, activation, select, energy)
+
+
+_library = torch.library.Library("inductor_sparse", "IMPL")
+_library.impl("linear_sparsify24", linear_sparsify24, "CUDA")
