@@ -18,6 +18,7 @@ from torch import fx
 from inductor_sparse import config, profitability
 from inductor_sparse._compat import size_hint
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
+from inductor_sparse.passes.choice import Choice, Regime
 from inductor_sparse.passes.emit import emit_sparse24
 from inductor_sparse.passes.fx_utils import (
     aten,
@@ -29,7 +30,8 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
 )
 from inductor_sparse.passes.producers import Producer
-from inductor_sparse.passes.regimes import Choice, Regime, choose
+from inductor_sparse.passes.quantized_ffn import emit_quantized_ffn, quantized_bytes
+from inductor_sparse.passes.regimes import choose
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
 from inductor_sparse.passes.weights import (
     Copy,
@@ -155,7 +157,10 @@ class Rule(abc.ABC):
         decision.expected_gain, decision.detail = chosen.expected_gain, chosen.note
         if chosen.regime is Regime.PACK:
             decision.tier = Tier.APPROXIMATE
-            return emit_sparse24(site)
+            if chosen.quantized is None:
+                return emit_sparse24(site)
+            decision.weight_copy_bytes = quantized_bytes(chosen.quantized)
+            return emit_quantized_ffn(site, chosen.quantized)
         weight = resolve_weight(site.rhs, context)
         if isinstance(weight, Rejection):
             return weight

@@ -71,14 +71,15 @@ def emit_sparse24(site: Site) -> fx.Node:
     )
 
 
-def packable_input(site: Site) -> tuple[fx.Node, str, str]:
+def packable_input(site: Site, *, emit: bool = True) -> tuple[fx.Node, str, str]:
     """``(z, activation, select)`` for packing the left operand of a site.
 
     What went through ReLU is not negative, so that its largest values are known without
-    looking at signs; anything else may be.
+    looking at signs; anything else may be.  Without ``emit`` nothing is inserted, and
+    ``z`` is what the views between it and the matmul start from.
     """
     activation, z, views = direct_input(site.lhs)
-    for view in reversed(views):
+    for view in reversed(views) if emit else ():
         assert callable(view.target)
         args, kwargs = (z, *view.args[1:]), dict(view.kwargs)
         z = shared_call(site.matmul, view.target, args, kwargs)

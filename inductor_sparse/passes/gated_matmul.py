@@ -30,8 +30,8 @@ from inductor_sparse.passes.fx_utils import (
     same_shape,
     tensor_of,
 )
+from inductor_sparse.passes.gpu_obstacles import kernel_obstacle
 from inductor_sparse.passes.producers import Family, Producer
-from inductor_sparse.passes.regimes import kernel_obstacle
 from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.passes.weights import Weight, emit_weight, resolve_weight
 

@@ -84,12 +84,21 @@ def resolve_weight(rhs: fx.Node, context: PassContext) -> Weight | Rejection:
     value = tensor_of(rhs)
     assert value is not None
     weight, chain = peel(rhs, _PURE_VIEWS | CASTS)
-    casts = [node for node in chain if is_call(node, CASTS)]
-    static = weight.op == "get_attr" or weight.name in context.static_inputs
+    casts = any(is_call(node, CASTS) for node in chain)
+    folds_cast = casts and _is_static(weight, context)
     may_copy = bool(context.option("weight_copies"))
-    if is_row_contiguous(value) and not (static and casts and may_copy):
+    if is_row_contiguous(value) and not (folds_cast and may_copy):
         return rhs
-    if not static:
+    return static_window(rhs, context)
+
+
+def static_window(rhs: fx.Node, context: PassContext) -> Copy | Rejection:
+    """The window of a parameter that ``rhs`` shows, if a copy of it may be kept."""
+    value = tensor_of(rhs)
+    assert value is not None
+    weight, chain = peel(rhs, _PURE_VIEWS | CASTS)
+    casts = [node for node in chain if is_call(node, CASTS)]
+    if not _is_static(weight, context):
         return _not_static("it is computed, or passed in as an argument")
     if weight.name in context.untracked_inputs:
         return Rejection(
@@ -97,7 +106,7 @@ def resolve_weight(rhs: fx.Node, context: PassContext) -> Weight | Rejection:
             "the weight was made under inference_mode, so a change to it would not be "
             "noticed; make the model outside of inference_mode",
         )
-    if not may_copy:
+    if not context.option("weight_copies"):
         return _not_static("the sparse.weight_copies option is off")
     written = (user.args[0] for user in weight.users if is_call(user, _MUTATIONS))
     if any(target is weight for target in written):
@@ -105,6 +114,10 @@ def resolve_weight(rhs: fx.Node, context: PassContext) -> Weight | Rejection:
     if len(casts) > 1 or not all(map(is_cast, casts)):
         return _not_static("it is cast more than once, or moved between devices")
     return _window(weight, chain, value)
+
+
+def _is_static(weight: fx.Node, context: PassContext) -> bool:
+    return weight.op == "get_attr" or weight.name in context.static_inputs
 
 
 def _not_static(why: str) -> Rejection:

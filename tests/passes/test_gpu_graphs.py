@@ -37,7 +37,7 @@ def test_two_matmuls_share_one_pack() -> None:
         h = F.relu(x) ** 2
         return F.linear(h, w) + F.linear(h, v)
 
-    x = empty(2, 512, K)
+    x = empty(2, 1024, K)
     gm, record = decide(fn, x, empty(N, K), empty(N, K))
     assert [d.op for d in record.decisions] == ["sparse24_mm", "sparse24_mm"]
     assert len(calls(gm, "sparsify24")) == len(calls(gm, "site_energy")) == 1
@@ -58,7 +58,9 @@ def test_activation_with_another_reader() -> None:
 
 
 def test_energy_is_observed_per_site() -> None:
-    gm, record = decide(lambda x, w: F.linear(F.relu(x), w), empty(512, K), empty(N, K))
+    gm, record = decide(
+        lambda x, w: F.linear(F.relu(x), w), empty(2048, K), empty(N, K)
+    )
     (energy,) = calls(gm, "site_energy")
     assert energy.args[1] == record.decisions[0].site
     assert energy.meta["val"].dtype == torch.float64
@@ -66,7 +68,7 @@ def test_energy_is_observed_per_site() -> None:
     assert packed.args[3] is energy
     gm, _ = decide(
         lambda x, w: F.linear(F.relu(x), w),
-        empty(512, K),
+        empty(2048, K),
         empty(N, K),
         options={"adaptive": False},
     )
@@ -75,7 +77,7 @@ def test_energy_is_observed_per_site() -> None:
 
 def test_bias_stays_outside() -> None:
     gm, record = decide(
-        lambda x, w, b: F.linear(F.relu(x), w, b), empty(512, K), empty(N, K), empty(N)
+        lambda x, w, b: F.linear(F.relu(x), w, b), empty(2048, K), empty(N, K), empty(N)
     )
     assert len(record.applied) == 1
     (add,) = calls(gm, "add")
@@ -83,7 +85,7 @@ def test_bias_stays_outside() -> None:
 
 
 def test_row_contiguous_weight_is_taken_as_it_lies() -> None:
-    gm, record = decide(lambda x, w: F.relu(x) @ w, empty(512, K), empty(K, N))
+    gm, record = decide(lambda x, w: F.relu(x) @ w, empty(2048, K), empty(K, N))
     assert len(record.applied) == 1
     assert calls(gm, "sparse24_mm")[0].args[2].meta["val"].stride() == (N, 1)
 
@@ -92,7 +94,7 @@ def test_autocast_weight_is_cast_as_before() -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
         return F.linear(F.relu(x), w.bfloat16())
 
-    gm, record = decide(fn, empty(512, K), empty(N, K, dtype=torch.float32))
+    gm, record = decide(fn, empty(2048, K), empty(N, K, dtype=torch.float32))
     assert len(record.applied) == 1
     assert calls(gm, "sparse24_mm")[0].args[2].meta["val"].dtype == torch.bfloat16
 
@@ -112,7 +114,7 @@ def test_layouts_that_bulk_copies_cannot_read(weight: Tensor, detail: str) -> No
     def fn(x: Tensor, base: Tensor) -> Tensor:
         return F.linear(F.relu(x), base.as_strided(*strided))
 
-    x = empty(512, weight.shape[1])
+    x = empty(2048, weight.shape[1])
     _, record = decide(fn, x, empty(2 * K * N + 2 * N))
     (decision,) = record.decisions
     assert decision.reason is Reason.UNSUPPORTED_SHAPE
@@ -121,7 +123,7 @@ def test_layouts_that_bulk_copies_cannot_read(weight: Tensor, detail: str) -> No
 
 def test_batches_stay_dense() -> None:
     _, record = decide(
-        lambda x, w: torch.bmm(F.relu(x), w), empty(2, 512, K), empty(2, K, N)
+        lambda x, w: torch.bmm(F.relu(x), w), empty(2, 1024, K), empty(2, K, N)
     )
     (decision,) = record.decisions
     assert decision.reason is Reason.NO_KERNEL_YET
@@ -135,7 +137,7 @@ def test_gated_decode_skips_the_up_projection() -> None:
     weights = empty(K, N), empty(K, N), empty(N, K)
     gm, record = decide(fn, empty(1, N), *weights)
     assert [d.op for d in record.decisions] == ["glu_spmm"]
-    gm, record = decide(fn, empty(1024, N), *weights)
+    gm, record = decide(fn, empty(2048, N), *weights)
     assert [d.op for d in record.decisions] == ["sparse24_mm"]
     assert calls(gm, "sparsify24")[0].args[1:3] == ("identity", "largest_abs")
 
@@ -157,7 +159,7 @@ def symbolic(M: int) -> tuple[GraphDecisions, ShapeEnv]:
 
 @pytest.mark.parametrize(
     ("M", "op", "guard"),
-    [(4, "activation_spmm", "<= 8"), (100, "", "> 8"), (600, "sparse24_mm", "512")],
+    [(4, "activation_spmm", "<= 8"), (100, "", "> 8"), (2100, "sparse24_mm", "2048")],
 )
 def test_symbolic_tokens_are_guarded(M: int, op: str, guard: str) -> None:
     record, env = symbolic(M)

@@ -92,16 +92,22 @@ def test_between_the_two_is_dense() -> None:
     assert decision.reason is Reason.NOT_PROFITABLE
     assert decision.detail == (
         "with 64 tokens the dense product wins; for this shape skipping zeros wins up "
-        "to 8 tokens, 2:4 from 512 tokens on"
+        "to 8 tokens, 2:4 from 2048 tokens on"
     )
     assert decision.expected_gain is None
     assert len(calls(gm, "mm")) == 1
 
 
+def test_a_number_of_tokens_that_fills_the_gpu_is_packed_earlier() -> None:
+    # 1024 tokens are one round of tiles, 1152 begin a second one.
+    assert run(M=1024)[1].op == "sparse24_mm"
+    assert run(M=1152)[1].reason is Reason.NOT_PROFITABLE
+
+
 def test_an_applied_site_names_its_limits() -> None:
     _, decision = run()
     assert decision.detail == (
-        "for this shape skipping zeros wins up to 8 tokens, 2:4 from 512 tokens on"
+        "for this shape skipping zeros wins up to 8 tokens, 2:4 from 2048 tokens on"
     )
 
 

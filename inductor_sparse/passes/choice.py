@@ -1,0 +1,31 @@
+"""What is chosen for a site: data only, filled in by the regimes and read by rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inductor_sparse.passes.quantized_ffn import QuantizedFfn
+
+
+class Regime(enum.Enum):
+    """What happens to the zeros of a site."""
+
+    SKIP = "skips zeros"
+    PACK = "2:4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a site is rewritten.
+
+    ``note`` says where the regime begins and ends, ``quantized`` how both matmuls of an
+    FFN are to run in 8 bits if they are.
+    """
+
+    regime: Regime
+    expected_gain: float
+    note: str = ""
+    quantized: QuantizedFfn | None = None

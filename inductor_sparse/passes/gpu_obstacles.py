@@ -1,0 +1,102 @@
+"""What keeps a site dense on a GPU besides its size: kernels, layouts, a backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from inductor_sparse import profitability
+from inductor_sparse.decisions import Reason
+from inductor_sparse.passes.fx_utils import VIEWS, is_call, tensor_of
+from inductor_sparse.passes.sites import MATMULS, Rejection, Site
+from inductor_sparse.passes.toolchains import missing_package
+
+if TYPE_CHECKING:
+    from inductor_sparse.passes.base import PassContext
+
+
+def kernel_obstacle(
+    ops: tuple[str, ...], dtype: str, arch: str, context: PassContext
+) -> Rejection | None:
+    """Why these ops cannot run in a dtype on an architecture, or None."""
+    has = profitability.has_kernel
+    for op in ops:
+        if not profitability.knows(arch, op):
+            where = arch or "a GPU that this process cannot ask for its architecture"
+            return Rejection(Reason.ARCH_UNSUPPORTED, f"{op} has no kernel for {where}")
+        if not has(arch, op, dtype, unverified=True):
+            return Rejection(
+                Reason.NO_KERNEL_YET, f"{op} has no {dtype} kernel for {arch} yet"
+            )
+    for op in ops:
+        if not has(arch, op, dtype) and not context.option("allow_unverified"):
+            return Rejection(
+                Reason.KERNEL_UNVERIFIED,
+                f"the {dtype} kernel of {op} never ran on {arch}; "
+                "sparse.allow_unverified lets it",
+            )
+        missing = missing_package(op, arch)
+        if missing:
+            return Rejection(
+                Reason.NO_KERNEL_YET, f"{op} cannot be compiled: {missing}"
+            )
+    return None
+
+
+def batch_obstacle(site: Site) -> Rejection | None:
+    """Why a batch of matrices stays dense, or None for a plain product."""
+    value = tensor_of(site.lhs)
+    if value is None or value.ndim == 2:
+        return None
+    return Rejection(Reason.NO_KERNEL_YET, "a batch of matrices has no GPU kernel yet")
+
+
+def training_obstacle(context: PassContext) -> Rejection | None:
+    """Why nothing is packed in a graph with a backward, or None for one without."""
+    if not context.is_training:
+        return None
+    return Rejection(
+        Reason.TRAINING_GRAPH,
+        "the graph has a backward, and 2:4 drops values: the model would learn "
+        "something else; call it under torch.no_grad() for inference",
+    )
+
+
+def layout_obstacle(site: Site) -> Rejection | None:
+    """Why the weight cannot be read as it lies by bulk copies, or None."""
+    value = tensor_of(site.rhs)
+    assert value is not None
+    _, K, N = site.sizes
+    step = 16 // value.itemsize
+    for name, size in (("K", K), ("N", N)):
+        if not isinstance(size, int) or size % step:
+            return Rejection(
+                Reason.UNSUPPORTED_SHAPE,
+                f"{name} is {size}: 2:4 reads 16 bytes at a time, so it must be a "
+                f"multiple of {step}",
+            )
+    lead = [stride for stride in value.stride() if stride != 1]
+    if len(lead) != 1 or not isinstance(lead[0], int) or lead[0] % step:
+        return Rejection(
+            Reason.UNSUPPORTED_SHAPE,
+            f"the weight has strides {tuple(value.stride())}: neither its rows nor its "
+            "columns can be read 16 bytes at a time",
+        )
+    return None
+
+
+def replaces_activation(site: Site) -> bool:
+    """Whether a pack takes the place of the kernel that writes the activation.
+
+    It does not if something besides matmuls reads the dense activation as well.
+    """
+    producer = site.producer
+    if producer is None or producer.z is None:
+        return False
+    readers = set(producer.node.users)
+    while readers:
+        node = readers.pop()
+        if is_call(node, VIEWS):
+            readers |= set(node.users)
+        elif not is_call(node, MATMULS):
+            return False
+    return True

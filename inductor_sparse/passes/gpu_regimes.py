@@ -1,0 +1,191 @@
+"""What a GPU offers a site: skipping zeros for a few tokens, 2:4 for many.
+
+Between the two the site stays dense.  A symbolic number of tokens is compared with the
+limits under a guard: a graph for prompts and one for single tokens are compiled from
+the same weights.
+
+Shape legend: M tokens, K reduction, N output features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from inductor_sparse._compat import decide, size_hint
+from inductor_sparse.decisions import Decision, Reason
+from inductor_sparse.passes.choice import Choice, Regime
+from inductor_sparse.passes.gpu_obstacles import (
+    batch_obstacle,
+    kernel_obstacle,
+    layout_obstacle,
+    replaces_activation,
+    training_obstacle,
+)
+from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
+from inductor_sparse.passes.sites import Rejection, Site
+from inductor_sparse.profitability import cuda
+
+if TYPE_CHECKING:
+    from inductor_sparse.passes.base import PassContext, Rule
+
+Obstacles = dict[Regime, Rejection | None]
+"""The regimes that the options allow, each with what else is in its way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How a site would be packed.
+
+    ``dtype`` is that of the packed operand; ``from_dtype`` that of the dense product it
+    is compared with; ``quantized`` is set where both matmuls of the FFN would run in 8
+    bits, and ``note`` says why they do not although that was asked for.
+    """
+
+    dtype: str
+    from_dtype: str
+    replaces_activation: bool
+    quantized: QuantizedFfn | None = None
+    note: str = ""
+
+    def gain(self, M: int, K: int, N: int) -> float:
+        """Expected dense time / sparse time."""
+        return cuda.prefill_gain(
+            M,
+            K,
+            N,
+            self.from_dtype,
+            pack_dtype=self.dtype,
+            replaces_activation=self.replaces_activation,
+        )
+
+    def min_tokens(self, K: int, N: int) -> int | None:
+        """From how many tokens on it always pays; None if it never does."""
+        return cuda.prefill_min_tokens(
+            K,
+            N,
+            self.from_dtype,
+            pack_dtype=self.dtype,
+            replaces_activation=self.replaces_activation,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The numbers of tokens at which the regimes of a site end and begin."""
+
+    skip_up_to: int
+    pack_from: int | None
+
+    def __str__(self) -> str:
+        skip = f"up to {self.skip_up_to} tokens" if self.skip_up_to else "never"
+        pack = "never" if self.pack_from is None else f"from {self.pack_from} tokens on"
+        return f"for this shape skipping zeros wins {skip}, 2:4 {pack}"
+
+
+def choose_on_gpu(
+    rule: Rule, site: Site, decision: Decision, context: PassContext
+) -> Choice | Rejection:
+    """The regime of a site on a GPU, or why it stays dense."""
+    if any(size_hint(size) is None for size in site.sizes):
+        return Rejection(Reason.UNSUPPORTED_SHAPE, "a size depends on data")
+    wanted = context.option("activation_format")
+    obstacles: Obstacles = {}
+    if wanted != "2:4":
+        obstacles[Regime.SKIP] = batch_obstacle(site) or kernel_obstacle(
+            (rule.op,), site.dtype, decision.arch, context
+        )
+    packing = Packing(site.dtype, site.dtype, replaces_activation(site))
+    if wanted != "exact" and (rule.packs or wanted == "2:4"):
+        packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
+    return choose(site, decision, obstacles, packing, context)
+
+
+def choose(
+    site: Site,
+    decision: Decision,
+    obstacles: Obstacles,
+    packing: Packing,
+    context: PassContext,
+) -> Choice | Rejection:
+    """The regime for the number of tokens of a site among those without obstacle."""
+    M, K, N = (size_hint(size) or 0 for size in site.sizes)
+    limits = Limits(
+        cuda.decode_max_tokens(K, N, site.dtype, decision.density)
+        if Regime.SKIP in obstacles
+        else 0,
+        packing.min_tokens(K, N) if Regime.PACK in obstacles else None,
+    )
+    if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
+        gain = cuda.decode_gain(M, K, N, site.dtype, decision.density)
+        return Choice(Regime.SKIP, gain, str(limits))
+    forced = context.option("activation_format") == "2:4"
+    if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):
+        gain = packing.gain(M, K, N)
+        choice = Choice(Regime.PACK, gain, f"{limits}{packing.note}", packing.quantized)
+        return loses_too_much(decision, context) or choice
+    return _refusal(obstacles, limits, M)
+
+
+def _free(obstacles: Obstacles, regime: Regime) -> bool:
+    return regime in obstacles and obstacles[regime] is None
+
+
+def _pack_pays(site: Site, packing: Packing, limits: Limits) -> bool:
+    """Whether 2:4 wins for the number of tokens, or for every one that is guarded."""
+    M, K, N = site.sizes
+    if isinstance(M, int) and isinstance(K, int) and isinstance(N, int):
+        return cuda.PREFILL_TOKENS[0] <= M and packing.gain(M, K, N) >= cuda.MARGIN
+    return limits.pack_from is not None and decide(limits.pack_from <= M)
+
+
+def loses_too_much(decision: Decision, context: PassContext) -> Rejection | None:
+    """Why the 2:4 format would lose too much of a site's activation, or None."""
+    limit = float(context.option("max_dropped_energy"))
+    dropped = decision.dropped_energy
+    if dropped is None or dropped <= limit:
+        return None
+    return Rejection(
+        Reason.TOO_DENSE,
+        f"the plan measured that 2:4 drops {dropped:.3g} of the energy, above "
+        f"sparse.max_dropped_energy {limit:.3g}",
+    )
+
+
+def _refusal(obstacles: Obstacles, limits: Limits, tokens: int) -> Rejection:
+    """Why none of the regimes is taken for so many tokens."""
+    wanted = None
+    if tokens <= limits.skip_up_to:
+        wanted = obstacles.get(Regime.SKIP)
+    elif tokens >= cuda.PREFILL_TOKENS[0]:
+        wanted = obstacles.get(Regime.PACK)
+    found = [obstacle for obstacle in obstacles.values() if obstacle is not None]
+    if wanted is None and len(found) == len(obstacles) and found:
+        wanted = found[0]
+    return wanted or Rejection(
+        Reason.NOT_PROFITABLE, f"with {tokens} tokens the dense product wins; {limits}"
+    )
+
+
+def _packing(
+    rule: Rule, site: Site, plain: Packing, context: PassContext
+) -> tuple[Packing, Rejection | None]:
+    """How a site would be packed, in 8 bits if that is asked for and possible."""
+    if not rule.packs:
+        why = f"{rule.name} does not know 2:4"
+        return plain, Rejection(Reason.NO_KERNEL_YET, why)
+    arch = context.architecture(site.matmul.meta["val"].device)
+    general = batch_obstacle(site) or training_obstacle(context)
+    if context.option("quantize") != "none" and general is None:
+        ffn = read_ffn(site, context)
+        if isinstance(ffn, QuantizedFfn):
+            dtype = ffn.dtype_name
+            ops = ("sparsify24_quantized", "sparse24_mm")
+            obstacle = kernel_obstacle(ops, dtype, arch, context)
+            if obstacle is None:
+                return dataclasses.replace(plain, dtype=dtype, quantized=ffn), None
+            ffn = obstacle.detail
+        plain = dataclasses.replace(plain, note=f"; not quantized: {ffn}")
+    ops = ("sparsify24", "sparse24_mm")
+    found = kernel_obstacle(ops, site.dtype, arch, context)
+    return plain, found or general or layout_obstacle(site)

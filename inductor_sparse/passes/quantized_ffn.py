@@ -1,0 +1,209 @@
+"""Both matmuls of a ReLU or ReLU² FFN in 8 bits, the second one packed 2:4.
+
+``mm(act(mm(x, w1)), w2)`` becomes, with weights quantized once and kept,
+
+- ``x8, sx = quantize_rows(x)``
+- ``z = _scaled_mm(x8, w1_8, sx, s1)`` in fp8, ``_int_mm`` and its scales in int8
+- ``values, metadata, sz = sparsify24_quantized(z, act)``
+- ``sparse24_mm(values, metadata, w2_8, sz, s2)``
+
+Each row of an activation and each output feature of a weight has its own scale.
+
+Shape legend: M tokens, D model, F hidden, N output features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from inductor_sparse.passes.emit import (
+    packable_input,
+    shared_call,
+)
+from inductor_sparse.passes.fx_utils import (
+    VIEWS,
+    aten,
+    insert_call,
+    is_call,
+    peel,
+    prims,
+    replace,
+    tensor_of,
+)
+from inductor_sparse.passes.producers import Family
+from inductor_sparse.passes.sites import Rejection, Site, read_site
+from inductor_sparse.passes.weights import Copy, static_window
+
+if TYPE_CHECKING:
+    from inductor_sparse.passes.base import PassContext
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""What the ``sparse.quantize`` option names."""
+
+_STEP = 16
+"""8-bit products read 16 bytes at a time: every size is a multiple of this."""
+
+_OPERANDS = (aten.mm.default, aten.addmm.default)
+_ops = torch.ops.inductor_sparse
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedFfn:
+    """The parts of an FFN that runs in 8 bits.
+
+    ``first`` is the matmul before the activation, or None if another site of the same
+    activation has rewritten it; ``w1`` and ``w2`` are the windows ``[F, D]`` and
+    ``[N, F]`` of the stored weights.
+    """
+
+    dtype: torch.dtype
+    first: Site | None
+    w1: Copy | None
+    w2: Copy
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of the operands, as in ``"float8_e4m3fn"``."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
+    """The FFN whose second matmul is ``site``, or why it cannot be quantized."""
+    dtype = DTYPES[str(context.option("quantize"))]
+    producer = site.producer
+    direct = producer is not None and producer.family is not Family.GATED
+    if site.matmul.target not in _OPERANDS or not direct or site.dtype == "float32":
+        return "only a ReLU or ReLU² FFN in bfloat16 or float16 is"
+    if dtype == torch.float8_e4m3fn and site.dtype != "bfloat16":
+        return "products of fp8 with a scale for each row are bfloat16"
+    z, activation, _ = packable_input(site, emit=False)
+    core, _ = peel(z, VIEWS)
+    w2 = _stored(site, dtype, context)
+    if isinstance(w2, str):
+        return w2
+    if activation == "identity":
+        return "something lies between the activation and its matmul"
+    if core.meta.get(_DONE) == dtype:
+        return QuantizedFfn(dtype, None, None, w2)
+    first = read_site(core)
+    if first is None or core.target not in _OPERANDS:
+        return "the activation is not that of a linear layer"
+    if not _only_activated(core):
+        return "the layer before the activation is read by something else"
+    w1 = _stored(first, dtype, context)
+    return w1 if isinstance(w1, str) else QuantizedFfn(dtype, first, w1, w2)
+
+
+_DONE = "inductor_sparse_quantized"
+"""``node.meta`` key: the dtype in which a matmul before an activation now runs."""
+
+
+def _only_activated(node: fx.Node) -> bool:
+    """Whether nothing but ReLU reads a node, however it is viewed."""
+    return all(
+        _only_activated(user)
+        if is_call(user, VIEWS)
+        else is_call(user, {aten.relu.default})
+        for user in node.users
+    )
+
+
+def _stored(site: Site, dtype: torch.dtype, context: PassContext) -> Copy | str:
+    """The window ``[N, K]`` of the parameter behind the weight of a site."""
+    found = static_window(site.rhs, context)
+    if isinstance(found, Rejection):
+        return found.detail
+    if any(size % _STEP for size in found.size):
+        return f"K and N of every matmul must be multiples of {_STEP}"
+    return dataclasses.replace(
+        found, size=found.size[::-1], stride=found.stride[::-1], dtype=dtype
+    )
+
+
+def emit_quantized_ffn(site: Site, ffn: QuantizedFfn) -> fx.Node:
+    """Insert the second product of an FFN, packed and in 8 bits; replace its first."""
+    if ffn.first is not None and ffn.w1 is not None:
+        _emit_first(ffn.first, ffn.w1, ffn.dtype)
+    z, activation, select = packable_input(site)
+    before = site.matmul
+    arguments = (z, activation, select, ffn.dtype)
+    packed = shared_call(before, _ops.sparsify24_quantized.default, arguments)
+    values, metadata, row_scale = (
+        shared_call(before, operator.getitem, (packed, i)) for i in range(3)
+    )
+    w_FN, scale_N = _emit_weight(ffn.w2, before)
+    return insert_call(
+        before,
+        _ops.sparse24_mm.default,
+        (values, metadata, w_FN, row_scale, scale_N),
+        {"out_dtype": before.meta["val"].dtype},
+    )
+
+
+def quantized_bytes(ffn: QuantizedFfn) -> int:
+    """The memory held by the quantized weights that are new."""
+    windows = [window for window in (ffn.w1, ffn.w2) if window is not None]
+    return sum(N * K + 4 * N for N, K in (window.size for window in windows))
+
+
+def _emit_weight(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """``(w [K, N], scale [N])``: the transposed view is what a product wants."""
+    target = _ops.quantized_weight.default
+    node = shared_call(before, target, window.args)
+    values, scale = (shared_call(before, operator.getitem, (node, i)) for i in range(2))
+    return shared_call(before, aten.permute.default, (values, [1, 0])), scale
+
+
+def _emit_first(first: Site, w1: Copy, dtype: torch.dtype) -> None:
+    """Replace the matmul before the activation by its 8-bit form."""
+    before = first.matmul
+    rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, dtype))
+    x_MD, scale_M = (shared_call(before, operator.getitem, (rows, i)) for i in range(2))
+    w_DF, scale_F = _emit_weight(w1, before)
+    column = insert_call(before, aten.unsqueeze.default, (scale_M, 1))
+    row = insert_call(before, aten.unsqueeze.default, (scale_F, 0))
+    product = _fp8_product if dtype == torch.float8_e4m3fn else _int8_product
+    result = product(first, x_MD, w_DF, column, row)
+    result.meta[_DONE] = dtype
+    replace(before, result)
+
+
+def _fp8_product(
+    first: Site, x_MD: fx.Node, w_DF: fx.Node, column: fx.Node, row: fx.Node
+) -> fx.Node:
+    before, out = first.matmul, first.matmul.meta["val"].dtype
+    bias = tensor_of(first.bias)
+    inside = bias is not None and bias.ndim == 1 and first.beta == first.alpha == 1
+    args = (x_MD, w_DF, column, row, first.bias if inside else None, None, out, True)
+    result = insert_call(before, aten._scaled_mm.default, args)
+    return result if inside else _scaled_and_shifted(first, result)
+
+
+def _int8_product(
+    first: Site, x_MD: fx.Node, w_DF: fx.Node, column: fx.Node, row: fx.Node
+) -> fx.Node:
+    before, cast = first.matmul, prims.convert_element_type.default
+    sums = insert_call(before, aten._int_mm.default, (x_MD, w_DF))
+    wide = insert_call(before, cast, (sums, torch.float32))
+    for scale in (column, row):
+        wide = insert_call(before, aten.mul.Tensor, (wide, scale))
+    wide = _scaled_and_shifted(first, wide)
+    return insert_call(before, cast, (wide, before.meta["val"].dtype))
+
+
+def _scaled_and_shifted(first: Site, product: fx.Node) -> fx.Node:
+    """``alpha * product + beta * bias``."""
+    before = first.matmul
+    if first.alpha != 1:
+        product = insert_call(before, aten.mul.Tensor, (product, first.alpha))
+    if first.bias is None or first.beta == 0:
+        return product
+    bias = first.bias
+    if first.beta != 1:
+        bias = insert_call(before, aten.mul.Tensor, (bias, first.beta))
+    return insert_call(before, aten.add.Tensor, (product, bias))

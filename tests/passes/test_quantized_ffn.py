@@ -1,0 +1,198 @@
+"""``sparse.quantize``: both matmuls of an FFN in 8 bits, or a word on why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from tracing import calls, rewrite, trace
+
+from inductor_sparse.decisions import Decision, Status, Tier
+
+D, H, N = 4096, 16384, 4096
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+def ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, up)) ** 2, down)
+
+
+def biased(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    h = F.relu(F.linear(x, up, x.new_ones(up.shape[0])))
+    return F.linear(h, down, x.new_ones(down.shape[0]))
+
+
+def run(
+    fn: Callable[..., Any] = ffn,
+    quantize: str = "fp8",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    sizes: tuple[tuple[int, ...], ...] = ((2, 1024, D), (H, D), (N, H)),
+    **context: Any,
+) -> tuple[fx.GraphModule, Decision]:
+    where = "meta" if device == "cuda" else "cpu"
+    args = [torch.randn(size, device=where).to(dtype) for size in sizes]
+    gm = trace(fn, *args, device=device)
+    context.setdefault("architecture", lambda device: "sm_90")
+    context.setdefault("static", [1, 2])
+    options = {"quantize": quantize, **context.pop("options", {})}
+    (decision,) = rewrite(gm, options=options, **context).decisions
+    return gm, decision
+
+
+@pytest.mark.parametrize("fn", [ffn, biased])
+@pytest.mark.parametrize(("quantize", "dtype"), [("fp8", FP8), ("int8", INT8)])
+def test_both_matmuls_run_in_8_bits(
+    fn: Callable[..., Any], quantize: str, dtype: torch.dtype
+) -> None:
+    gm, decision = run(fn, quantize)
+    assert (decision.status, decision.op) == (Status.APPLIED, "sparse24_mm")
+    assert decision.tier is Tier.APPROXIMATE
+    assert decision.weight_copy_bytes == D * H + H * N + 4 * (H + N)
+    (packed,) = calls(gm, "sparsify24_quantized")
+    act = "relu2" if fn is ffn else "relu"
+    assert packed.args[1:4] == (act, "largest", dtype)
+    assert calls(gm, "site_energy") == [packed.args[4]]
+    assert len(calls(gm, "quantized_weight")) == 2
+    assert len(calls(gm, "quantize_rows")) == 1
+    first = "_scaled_mm" if quantize == "fp8" else "_int_mm"
+    assert len(calls(gm, first)) == 1
+    assert calls(gm, "mm") == calls(gm, "addmm") == calls(gm, "sparsify24") == []
+    (product,) = calls(gm, "sparse24_mm")
+    assert product.args[2].meta["val"].stride() == (1, H)
+    assert product.meta["val"].dtype == torch.bfloat16
+
+
+def test_the_bias_of_the_first_matmul_stays_inside() -> None:
+    gm, _ = run(biased)
+    (first,) = calls(gm, "_scaled_mm")
+    assert isinstance(first.args[4], fx.Node)
+    assert len(calls(gm, "add")) == 1  # the bias of the second
+
+
+def test_two_matmuls_of_one_activation_share_the_first() -> None:
+    def fn(x: Tensor, up: Tensor, down: Tensor, other: Tensor) -> Tensor:
+        h = F.relu(F.linear(x, up)) ** 2
+        return F.linear(h, down) + F.linear(h, other)
+
+    sizes = (2048, D), (H, D), (N, H), (N, H)
+    args = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in sizes]
+    gm = trace(fn, *args, device="cuda")
+    record = rewrite(
+        gm,
+        static=[1, 2, 3],
+        options={"quantize": "fp8"},
+        architecture=lambda device: "sm_90",
+    )
+    assert len(record.applied) == len(calls(gm, "sparse24_mm")) == 2
+    assert len(calls(gm, "_scaled_mm")) == len(calls(gm, "sparsify24_quantized")) == 1
+    assert [d.weight_copy_bytes for d in record.applied] == [
+        D * H + H * N + 4 * (H + N),
+        H * N + 4 * N,
+    ]
+
+
+def test_weights_that_are_computed_are_not_quantized() -> None:
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return ffn(x, up, down * 2)
+
+    gm, decision = run(fn)
+    assert decision.status is Status.APPLIED
+    assert calls(gm, "sparsify24_quantized") == []
+    assert "; not quantized: the weight is not stored row after row" in decision.detail
+
+
+def read_twice(x: Tensor, up: Tensor, down: Tensor) -> Any:
+    z = F.linear(x, up)
+    return F.linear(F.relu(z), down), z
+
+
+def without_first(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(torch.cat([x] * 4, -1)), down)
+
+
+def scaled(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, up)) * 0.5, down)
+
+
+def gated(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    z = F.linear(x, up)
+    return F.linear(F.relu(z) * z.sigmoid(), down)
+
+
+@pytest.mark.parametrize(
+    ("fn", "why"),
+    [
+        (read_twice, "the layer before the activation is read by something else"),
+        (without_first, "the activation is not that of a linear layer"),
+        (scaled, "something lies between the activation and its matmul"),
+        (gated, "only a ReLU or ReLU² FFN in bfloat16 or float16 is"),
+    ],
+)
+def test_look_alikes_stay_in_16_bits(fn: Callable[..., Any], why: str) -> None:
+    gm, decision = run(fn)
+    assert decision.op == "sparse24_mm"
+    assert decision.detail.endswith(f"; not quantized: {why}")
+    assert calls(gm, "quantized_weight") == []
+    assert len(calls(gm, "sparsify24")) == 1
+
+
+def test_float16_is_for_int8() -> None:
+    _, decision = run(dtype=torch.float16)
+    assert decision.detail.endswith(
+        "; not quantized: products of fp8 with a scale for each row are bfloat16"
+    )
+    gm, _ = run(quantize="int8", dtype=torch.float16)
+    assert len(calls(gm, "sparsify24_quantized")) == 1
+
+
+def test_sizes_that_8_bit_products_do_not_take() -> None:
+    sizes = (2048, D + 8), (H, D + 8), (N, H)
+    _, decision = run(sizes=sizes)
+    assert decision.detail.endswith("must be multiples of 16")
+
+
+def test_an_architecture_without_8_bit_kernels() -> None:
+    gm, decision = run(
+        architecture=lambda device: "sm_80", options={"allow_unverified": True}
+    )
+    assert decision.op == "sparse24_mm"
+    assert "; not quantized: sparsify24_quantized has no kernel" in decision.detail
+    assert calls(gm, "quantized_weight") == []
+
+
+def test_a_few_tokens_skip_zeros_in_16_bits() -> None:
+    _, decision = run(sizes=((1, 4, D), (H, D), (N, H)))
+    assert decision.op == "activation_spmm"
+
+
+def test_a_cpu_has_nothing_to_do_with_it() -> None:
+    _, decision = run(device="cpu", sizes=((2, 3, 32), (64, 32), (32, 64)))
+    assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
+
+
+@pytest.mark.parametrize("fn", [ffn, biased])
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_the_arithmetic(
+    fn: Callable[..., Any], quantize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph for a GPU, run by the eager definitions on a CPU."""
+    from inductor_sparse.passes import gpu_regimes, regimes
+
+    monkeypatch.setattr(regimes, "ON_GPU", ("cpu",))
+    monkeypatch.setattr(gpu_regimes.cuda, "PREFILL_TOKENS", (1,))
+    sizes = (2, 16, 32), (64, 32), (32, 64)
+    torch.manual_seed(0)
+    gm, _ = run(
+        fn, quantize, device="cpu", sizes=sizes, options={"activation_format": "2:4"}
+    )
+    assert len(calls(gm, "sparsify24_quantized")) == 1
+    args = [torch.randn(size).bfloat16() for size in sizes]
+    args[1][1::2] = -args[1][::2]  # one of two neurons is silent: nothing is dropped
+    exact = fn(*(arg.double() for arg in args))
+    error = (gm(*args).double() - exact).norm() / exact.norm()
+    assert error < 0.08
