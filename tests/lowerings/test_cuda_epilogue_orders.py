@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small_cuda_op
+import sympy
 import torch
 from fake_cuda import generate
 from small_cuda_op import mm
 from torch import Tensor
+from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import ModularIndexing
 
 from inductor_sparse.lowerings.cuda_epilogue import EpiloguePrinter
+from inductor_sparse.lowerings.cuda_epilogue_index import (
+    Location,
+    Space,
+    Unsupported,
+    adjacent,
+    m,
+    n,
+)
 
 Function = Callable[..., Any]
 
@@ -55,19 +69,11 @@ def test_what_the_rows_of_a_batch_share(tmp_path: Path) -> None:
     check(fn, tmp_path, *inputs((2, 1, 1), (3, 8)))
 
 
-def test_heads_are_split_off_and_moved(tmp_path: Path) -> None:
-    def fn(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-        heads = (mm(a, b) + bias).view(6, 2, 4).transpose(0, 1)
-        return heads.contiguous() * 2
-
-    check(fn, tmp_path, *inputs((8,)))
-
-
 @pytest.mark.parametrize("M", [6, 8])
 def test_a_transposed_result(M: int, tmp_path: Path) -> None:
     def fn(a: Tensor, b: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         y = mm(a, b)
-        return (y.t() + residual).contiguous(), y * 2
+        return y.t() + residual, y * 2
 
     check(fn, tmp_path, *inputs((8, M), M=M))
 
@@ -136,12 +142,91 @@ def test_float64_is_refused(refusals: list[str]) -> None:
     assert refusals == ["values of torch.float64"]
 
 
-def test_a_square_plus_its_transpose_is_two_kernels() -> None:
-    def fn(a: Tensor, b: Tensor) -> Tensor:
-        y = mm(a, b)
-        return y + y.t()
+def square_plus_transpose(a: Tensor, b: Tensor) -> Tensor:
+    y = mm(a, b)
+    return y + y.t()
 
+
+def transposed_copy(a: Tensor, b: Tensor) -> Tensor:
+    return (mm(a, b) * 2).t().contiguous()
+
+
+def moved_heads(a: Tensor, b: Tensor) -> Tensor:
+    return (mm(a, b) * 2).view(8, 2, 4).transpose(0, 1).contiguous()
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [square_plus_transpose, transposed_copy, moved_heads],
+    ids=lambda f: f.__name__,
+)
+def test_other_orders_than_the_product_s_are_other_kernels(fn: Function) -> None:
     small_then_triton(fn, *inputs(M=8))
+
+
+@pytest.fixture
+def sizes() -> Iterator[None]:
+    """Inductor's knowledge of sizes: none."""
+    graph = SimpleNamespace(sizevars=SizeVarAllocator())
+    with V.set_graph_handler(graph):  # type: ignore[arg-type]
+        yield
+
+
+def solve(strides: dict[int, int], *, transposed: bool = False) -> None:
+    """Solve for the iteration variables of the ranges ``strides``, and check them.
+
+    At every ``(m, n)`` of ``[6, 8]`` the read must hit the element's place in memory.
+    """
+    space = Space(6, 8)
+    variables = {
+        sympy.Symbol(f"i{at}", integer=True, nonnegative=True): sympy.Integer(size)
+        for at, size in enumerate(strides)
+    }
+    index = sum(v * s for v, s in zip(variables, strides.values(), strict=True))
+    location = Location(6 * n + m) if transposed else space.row_major
+    solution = space.solve(variables, index, location)
+    for row, column in itertools.product(range(6), range(8)):
+        element = {m: row, n: column}
+        values = {v: solution[v].subs(element) for v in variables}
+        assert all(0 <= values[v] < variables[v] for v in variables)
+        assert index.subs(values) == location.index.subs(element)
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize(
+    "strides",
+    [
+        *({48: 1}, {6: 8, 8: 1}, {8: 1, 6: 8}, {1: 0, 6: 8, 8: 1}),
+        *({2: 24, 3: 8, 8: 1}, {3: 8, 8: 1, 2: 24}, {4: 1, 6: 8, 2: 4}),
+        *({12: 4, 4: 1}, {3: 16, 16: 1}),  # the end of a row is inside a range
+    ],
+)
+def test_iteration_variables_are_solved_for(strides: dict[int, int]) -> None:
+    solve(strides)
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("strides", [{6: 1, 8: 6}, {48: 1}, {4: 12, 2: 6, 6: 1}])
+def test_in_a_transposed_buffer(strides: dict[int, int]) -> None:
+    solve(strides, transposed=True)
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("strides", [{6: 16, 8: 1}, {6: 8, 8: 2}, {6: 0, 8: 1}])
+def test_reads_with_gaps_are_refused(strides: dict[int, int]) -> None:
+    with pytest.raises(Unsupported, match="a read at"):
+        solve(strides)
+
+
+@pytest.mark.usefixtures("sizes")
+def test_pairs_that_are_one_access() -> None:
+    assert adjacent(8 * m + n)
+    assert adjacent(n)
+    assert not adjacent(9 * m + n)
+    assert not adjacent(8 * m + n + 1)
+    assert not adjacent(8 * m + 2 * n)
+    assert not adjacent(6 * n + m)
+    assert not adjacent(ModularIndexing(n, 1, 4))
 
 
 def test_what_reads_a_refused_node_runs_after_it(refusals: list[str]) -> None:
