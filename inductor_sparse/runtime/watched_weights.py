@@ -22,7 +22,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self._positions: list[int] = []
-        self._known = prepared_weights.changes()
+        self._known = -1
 
     def refresh(self, args: Sequence[Any]) -> None:
         """Write every copy again whose weight has changed in place."""

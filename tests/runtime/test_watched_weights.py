@@ -68,6 +68,16 @@ def test_another_weight_is_captured_anew() -> None:
 
 
 @torch.no_grad()
+def test_a_copy_that_was_there_already() -> None:
+    weight, x = nn.Parameter(torch.randn(48, 80)), torch.randn(3, 80)
+    OP(weight, [80, 48], [1, 80], 0, weight.dtype)
+    call = watched_weights.watched(Replayed(), [x])
+    for _ in range(3):
+        torch.testing.assert_close(call(x, weight), x @ weight.t())
+        weight.add_(1.0)
+
+
+@torch.no_grad()
 def test_two_graphs_of_one_weight() -> None:
     weight, x = nn.Parameter(torch.randn(48, 80)), torch.randn(3, 80)
     calls = [watched_weights.watched(Replayed(), [x]) for _ in range(2)]
