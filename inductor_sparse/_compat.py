@@ -163,3 +163,16 @@ def measuring_in_this_process() -> Any:
 
     here = {"autotune_in_subproc": False, "pipeline_max_autotune_gemm": False}
     return config.patch({name: here[name] for name in here if hasattr(config, name)})
+
+
+def epilogue_fusion_options() -> dict[str, Any]:
+    """Inductor options that fusing behind a view of a matrix product takes on a GPU.
+
+    Older torch compares loops of ``[M, N]`` and of ``[batch, tokens, N]`` as they are,
+    unless it is told to merge them first.
+    """
+    from torch._inductor import scheduler
+
+    if hasattr(scheduler, "_is_epilogue_fusion_enabled"):
+        return {}
+    return {"loop_ordering_after_fusion": False}

@@ -63,6 +63,9 @@ def sparse(
     if snapshot["strict"] or snapshot["dump_dir"]:
         # Both have to see the passes run; a cached graph has none.
         patches["force_disable_caches"] = True
+    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
+    if on_gpu:
+        patches = {**_compat.epilogue_fusion_options(), **patches}
     code = _compat.frame_code() if snapshot["adaptive"] else None
     lowerings.register_all()
     sparse_pass = install_pass(patches, snapshot, gm, example_inputs, code)
@@ -74,7 +77,7 @@ def sparse(
     )
     _announce(sparse_pass, strict=snapshot["strict"])
     compiled = watched(compiled, example_inputs)
-    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+    if on_gpu:
         compiled = site_energy.observed(compiled, snapshot["max_dropped_energy"])
     return adaptation.observed(compiled, code)
 
