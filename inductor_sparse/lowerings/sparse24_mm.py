@@ -319,8 +319,13 @@ def _launch(product: Product, tile: TileConfig, printed: PrintedEpilogue) -> Cud
 
 
 def _as_matrix(name: str, product: Product) -> str:
-    """A row-major buffer of any shape as ``[M, N]``, in the wrapper's Python."""
-    if len(V.graph.get_buffer(name).get_size()) == 2:
+    """A buffer that lies in memory as ``[M, N]``, as such, in the wrapper's Python."""
+    buffer = V.graph.get_buffer(name)
+    known_equal = V.graph.sizevars.statically_known_list_equals
+    size, stride = [product.M, product.N], [product.N, 1]
+    if known_equal(buffer.get_size(), size) and known_equal(
+        buffer.get_stride(), stride
+    ):
         return name
     M = V.graph.wrapper_code.codegen_python_sizevar(product.M)
     return f"reinterpret_tensor({name}, ({M}, {product.N}), ({product.N}, 1), 0)"

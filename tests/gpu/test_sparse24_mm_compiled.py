@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from inductor_sparse import formats, lowerings
+from inductor_sparse import _compat, formats, lowerings
 from inductor_sparse.lowerings import candidate_check, sparse24_gemm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -63,7 +63,8 @@ def randn(*shape: int) -> Tensor:
 
 def run(fn: Callable[..., object], *args: Tensor) -> tuple[object, str]:
     """The result, and the one wrapper that was generated."""
-    result, (code,) = run_and_get_code(torch.compile(fn), *args)
+    options = _compat.epilogue_fusion_options()
+    result, (code,) = run_and_get_code(torch.compile(fn, options=options), *args)
     return result, code
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_sparse import config, formats
+from inductor_sparse import _compat, config, formats
 from inductor_sparse.lowerings import sparse24_mm
 
 BF16 = torch.bfloat16
@@ -62,11 +62,23 @@ def test_a_result_with_three_dimensions_is_stored_as_a_matrix() -> None:
         return linear(v, m, w).view(8, 64, 256) + r
 
     inputs = (*packed(512, 1024), meta(256, 1024), meta(8, 64, 256))
-    generated = fake_cuda.generate(fn, *inputs)
+    fusing = _compat.epilogue_fusion_options()
+    generated = fake_cuda.generate(fn, *inputs, inductor=fusing)
     assert generated.kernels == ("sparse24_mm_0",)
     assert re.search(
         r"reinterpret_tensor\(buf\d, \(512, 256\), \(256, 1\), 0\)", launch(generated)
     )
+
+
+def test_a_transposed_result_is_stored_as_the_matrix_it_is_in_memory() -> None:
+    def fn(v: Tensor, m: Tensor, w: Tensor, other: Tensor) -> Tensor:
+        return linear(v, m, w).t() + other
+
+    inputs = (*packed(512, 1024), meta(256, 1024), meta(256, 512))
+    generated = fake_cuda.generate(fn, *inputs)
+    assert generated.kernels == ("sparse24_mm_0",)
+    if "empty_strided_cuda((256, 512), (1, 256)" in generated.code:
+        assert "(512, 256), (256, 1), 0)" in launch(generated)
 
 
 def test_rows_are_an_argument() -> None:
