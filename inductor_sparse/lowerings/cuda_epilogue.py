@@ -144,21 +144,28 @@ class EpiloguePrinter:
             sympy.Symbol(f"i{at}", integer=True, nonnegative=True): size
             for at, size in enumerate(ranges)
         }
-        self.ops.enter(variables, self._basis(node, variables))
+        self.ops.enter(variables, *self._basis(node, variables))
         with V.set_ops_handler(self.ops):
             node._body(list(variables), [])
 
     def _basis(
         self, node: SchedulerNode, variables: dict[sympy.Symbol, sympy.Expr]
-    ) -> tuple[str, sympy.Expr]:
-        """The first read of a value of this kernel: (its buffer, the index)."""
+    ) -> tuple[sympy.Expr, Location]:
+        """Which place the iteration variables are solved for: (index, location).
+
+        That of the first read of a value of this kernel.  A node without one was fused
+        for what it shares with the others; it may iterate in any order.
+        """
         probe = _Reads()
         with V.set_ops_handler(probe):
             node._body(list(variables), [])
         for name, index in probe.reads:
             if name in self.stored:
-                return name, sympy.expand(index)
-        raise Unsupported("nothing of this kernel is read")
+                return sympy.expand(index), self.stored[name].location
+        index = sympy.Integer(0)
+        for variable, size in variables.items():
+            index = index * size + variable
+        return sympy.expand(index), self.space.row_major
 
     def finish(self, removed: Set[str]) -> PrintedEpilogue:
         """The printed text; stores of the buffers in ``removed`` are left out."""
@@ -276,14 +283,12 @@ class _NodeOps(PairOps):
     def enter(
         self,
         variables: dict[sympy.Symbol, sympy.Expr],
-        basis: tuple[str, sympy.Expr],
+        index: sympy.Expr,
+        location: Location,
     ) -> None:
-        """Begin a node that iterates over ``variables`` and reads ``basis``."""
-        name, self._basis_index = basis
-        self._basis = self.printer.stored[name].location
-        self._solution = self.printer.space.solve(
-            variables, self._basis_index, self._basis
-        )
+        """Begin a node of which ``index`` shall be ``location``."""
+        self._basis_index, self._basis = index, location
+        self._solution = self.printer.space.solve(variables, index, location)
 
     def _locate(self, index: sympy.Expr) -> sympy.Expr:
         """An index in iteration variables as one in ``m`` and ``n``."""

@@ -102,6 +102,13 @@ def test_the_product_is_kept_for_other_readers(tmp_path: Path) -> None:
     check(fn, tmp_path, *inputs())
 
 
+def test_what_shares_an_operand_with_the_epilogue_joins_it(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, bias: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return mm(a, b) + bias, other * bias
+
+    check(fn, tmp_path, *inputs((8,), (6, 8)))
+
+
 @pytest.fixture
 def refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What printers refuse, in order."""

@@ -49,10 +49,10 @@ def test_the_wrapper_defines_the_kernel_and_launches_it() -> None:
 
 
 def test_equal_texts_are_one_kernel_and_others_are_not() -> None:
-    def fn(a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return mm(a, b) + bias, mm(a * 2, b) + bias, mm(a, b * 2).relu()
+    def fn(a: Tensor, b: Tensor, *biases: Tensor) -> tuple[Tensor, ...]:
+        return mm(a, b) + biases[0], mm(a * 2, b) + biases[1], mm(a, b * 2).relu()
 
-    generated = generate(fn, A, B, BIAS)
+    generated = generate(fn, A, B, BIAS, BIAS)
     assert len(generated.cuda_kernels) == 2
     runs = re.findall(r"small_mm_\d+\.run\(", body(generated.code))
     assert len(runs) == 3
