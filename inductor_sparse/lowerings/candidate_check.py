@@ -27,7 +27,7 @@ _EDGE_ROWS = 128
 _STRIDE = 17
 """Neighbouring blocks are met at rows this far apart, so at all lanes of a warp."""
 
-_CHUNK_ROWS, _CHUNK_COLUMNS = 64 * BLOCK, 4096
+_CHUNK_ROWS, _CHUNK_COLUMNS = 16 * BLOCK, 1024
 
 _SUM_TOLERANCE = 2.0**-8
 """Of sums of products of 8 bits, which Hopper adds with 14 bits of mantissa."""

@@ -302,13 +302,15 @@ def _launch(product: Product, tile: TileConfig, printed: PrintedEpilogue) -> Cud
     source = sparse24_kernel.kernel_source(
         OP_NAME, product.dtype, tile, epilogue, b_order=product.b_order, **scales
     )
+    order = product.b_order.upper()
+    comment = f"// {product.dtype}, w in {order} order, tile {tile}\n"
     values, metadata, w, *given = product.operands
     stored = printed.primary_buffer
     out = () if stored is None else (_as_matrix(stored, product),)
     boxes = sparse24_kernel.map_boxes(product.dtype, tile, epilogue, product.b_order)
     return CudaLaunch(
         OP_NAME,
-        source,
+        comment + source,
         sparse24_kernel.signature(epilogue, **scales),
         (values, w, *out, metadata, *given, product.M, product.N, product.K),
         threads=tile.threads,

@@ -100,6 +100,7 @@ def test_scales_are_applied_in_the_kernel() -> None:
     assert generated.kernels == ("sparse24_mm_0",)
     assert "arg1_1, arg3_1, arg4_1, 512, 256, 1024" in launch(generated)
     assert "const float* __restrict__ row_scale" in generated.code
+    assert "// torch.float8_e4m3fn, w in K order, tile 128x" in generated.code
 
 
 def test_a_weight_in_n_order_is_read_as_it_lies() -> None:
