@@ -158,7 +158,10 @@ class Rule(abc.ABC):
         if chosen.regime is Regime.PACK:
             decision.tier = Tier.APPROXIMATE
             if chosen.quantized is None:
-                return emit_sparse24(site)
+                fuse = profitability.has_kernel(
+                    decision.arch, "linear_sparsify24", site.dtype
+                )
+                return emit_sparse24(site, fuse=fuse)
             decision.weight_copy_bytes = quantized_bytes(chosen.quantized)
             return emit_quantized_ffn(site, chosen.quantized)
         weight = resolve_weight(site.rhs, context)

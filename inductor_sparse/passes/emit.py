@@ -11,14 +11,21 @@ from torch import fx
 
 from inductor_sparse.passes.activations import as_relu, as_relu_squared
 from inductor_sparse.passes.fx_utils import (
+    ORDERED_VIEWS,
     VIEWS,
+    aten,
+    input_of,
     insert_call,
     is_call,
     peel,
+    same_shape,
     tensor_of,
     with_dtype,
 )
-from inductor_sparse.passes.sites import Site
+from inductor_sparse.passes.sites import Site, read_site
+
+_LINEAR = frozenset({aten.mm.default, aten.addmm.default})
+_ops = torch.ops.inductor_sparse
 
 
 def direct_input(node: fx.Node) -> tuple[str, fx.Node, list[fx.Node]]:
@@ -55,20 +62,47 @@ def emit_activation_spmm(site: Site, weight: fx.Node) -> fx.Node:
     return insert_call(site.matmul, target, (z, weight, activation))
 
 
-def emit_sparse24(site: Site) -> fx.Node:
-    """Insert ``sparsify24`` and ``sparse24_mm`` for a site; the weight as it lies.
+def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:
+    """Insert the packing of the left operand and the product; the weight as it lies.
 
-    Two matmuls of one activation share what is packed.
+    Two matmuls of one activation share what is packed.  With ``fuse`` a linear layer
+    before the activation is computed and packed in one, if nothing else needs it.
     """
-    ops = torch.ops.inductor_sparse
-    z, activation, select = packable_input(site)
-    packed = shared_call(site.matmul, ops.sparsify24.default, (z, activation, select))
+    z, activation, select = packable_input(site, emit=False)
+    linear = _linear_before(z, site) if fuse else None
+    if linear is not None:
+        target, first = _ops.linear_sparsify24.default, linear
+    else:
+        z, _, _ = packable_input(site)
+        target, first = _ops.sparsify24.default, (z,)
+    packed = shared_call(site.matmul, target, (*first, activation, select))
     values, metadata = (
         shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(2)
     )
     return insert_call(
-        site.matmul, ops.sparse24_mm.default, (values, metadata, site.rhs)
+        site.matmul, _ops.sparse24_mm.default, (values, metadata, site.rhs)
     )
+
+
+def _linear_before(z: fx.Node, site: Site) -> tuple[Any, ...] | None:
+    """``(x [M, D], w1 [K, D], bias or None)`` of a layer that only this site reads."""
+    core, _ = peel(z, ORDERED_VIEWS)
+    linear, lhs, value = read_site(core), tensor_of(site.lhs), tensor_of(core)
+    if linear is None or not is_call(core, _LINEAR) or lhs is None or value is None:
+        return None
+    bias = tensor_of(linear.bias)
+    plain = linear.alpha == linear.beta == 1 and (bias is None or bias.ndim == 1)
+    node = core
+    while len(node.users) == 1 and node is not site.matmul:
+        (node,) = node.users
+    same = same_shape(lhs, value) and lhs.dtype == value.dtype
+    if node is not site.matmul or not plain or not same:
+        return None
+    w_DK = linear.rhs
+    if is_call(w_DK, {aten.permute.default, aten.t.default}):
+        return linear.lhs, input_of(w_DK), linear.bias
+    w_KD = shared_call(site.matmul, aten.permute.default, (w_DK, [1, 0]))
+    return linear.lhs, w_KD, linear.bias
 
 
 def packable_input(site: Site, *, emit: bool = True) -> tuple[fx.Node, str, str]:

@@ -14,6 +14,7 @@ KERNELS: dict[str, dict[str, frozenset[str]]] = {
         "activation_spmm": _WIDE,
         "glu_spmm": _WIDE,
         "sparsify24": _HALF,
+        "linear_sparsify24": _HALF,
         "sparsify24_quantized": _BYTE,
         "sparse24_mm": _HALF | _BYTE,
     },

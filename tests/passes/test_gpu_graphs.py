@@ -57,6 +57,40 @@ def test_activation_with_another_reader() -> None:
     assert alone.applied[0].expected_gain > decision.expected_gain
 
 
+def up_down(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, up)) ** 2, down)
+
+
+def up_down_biased(x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, up, bias)), down)
+
+
+def up_down_twice(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    h = F.relu(F.linear(x, up)) ** 2
+    return F.linear(h, down) + F.linear(h, down * 2)
+
+
+@pytest.mark.parametrize("x", [empty(2048, N), empty(2, 1024, N)], ids=["2d", "3d"])
+@pytest.mark.parametrize("fn", [up_down, up_down_biased])
+def test_a_linear_layer_is_packed_where_it_is_computed(fn: Any, x: Tensor) -> None:
+    args = [x, empty(K, N), empty(N, K), empty(K)][: fn.__code__.co_argcount]
+    gm, record = decide(fn, *args)
+    assert [d.op for d in record.applied] == ["sparse24_mm"]
+    (packed,) = calls(gm, "linear_sparsify24")
+    assert packed.args[1].op == "placeholder"  # the weight as it is stored
+    assert (packed.args[2] is not None) == (fn is up_down_biased)
+    assert packed.args[5] is calls(gm, "site_energy")[0]
+    assert calls(gm, "mm") == calls(gm, "addmm") == calls(gm, "sparsify24") == []
+
+
+def test_a_linear_layer_that_others_read_is_computed_apart() -> None:
+    args = empty(2048, N), empty(K, N), empty(N, K)
+    gm, record = decide(up_down_twice, *args)
+    assert len(record.applied) == 2
+    assert calls(gm, "linear_sparsify24") == []
+    assert len(calls(gm, "mm")) == len(calls(gm, "sparsify24")) == 1
+
+
 def test_energy_is_observed_per_site() -> None:
     gm, record = decide(
         lambda x, w: F.linear(F.relu(x), w), empty(2048, K), empty(N, K)
