@@ -27,7 +27,6 @@ SHARED_BYTES = 232_448
 
 _STAGE_ROW_BYTES = {"values": 64, "w": 128}
 _METADATA_BYTES = 512
-_STORE_BYTES = 64 * 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class TileConfig:
     ``consumers`` warpgroups each compute ``m64`` blocks of 64 rows, all of them
     ``block_n`` columns; a ``cluster`` of CTAs, adjacent along M, shares each tile of
     ``w``; ``stages`` tiles are in flight; a consumer has ``store_buffers`` buffers of
-    64 x 64 output values.
+    64 x ``store_columns`` output values (32 or 64).
     """
 
     consumers: int = 2
@@ -46,6 +45,7 @@ class TileConfig:
     stages: int = 5
     cluster: int = 2
     store_buffers: int = 1
+    store_columns: int = 64
 
     @property
     def block_m(self) -> int:
@@ -71,7 +71,7 @@ class TileConfig:
             + self.block_m // 64 * words * _METADATA_BYTES
         )
         ring = -(-self.stages * stage // 1024) * 1024
-        store = self.consumers * self.store_buffers * _STORE_BYTES
+        store = self.consumers * self.store_buffers * 64 * self.store_columns * 2
         scales = self.consumers * self.block_n * 4  # of the columns, if there are any
         barriers, alignment = 16 * self.stages, 1024
         return ring + store + scales + barriers + alignment
@@ -93,7 +93,7 @@ _CONFIGS: dict[int, tuple[TileConfig, ...]] = {
         TileConfig(block_n=64, stages=10, store_buffers=1, cluster=1),
     ),
     1: (
-        TileConfig(stages=4, store_buffers=2),
+        TileConfig(store_columns=32),
         TileConfig(m64=2, block_n=128, stages=5),
         TileConfig(block_n=192, stages=6),
         TileConfig(block_n=128, stages=7, store_buffers=2),
@@ -235,7 +235,8 @@ def map_boxes(
     else:
         box = (64, 64)
     w = {"box": box, "swizzle": 128, "transposed": b_order == "k"}
-    out = {"box": (64, 64), "swizzle": 128, "transposed": False}
+    columns = config.store_columns
+    out = {"box": (columns, 64), "swizzle": 2 * columns, "transposed": False}
     return (values, w) if epilogue.out_dtype is None else (values, w, out)
 
 

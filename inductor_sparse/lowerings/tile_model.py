@@ -27,11 +27,11 @@ _WIDE = (
     TileConfig(m64=1, block_n=64, stages=8, cluster=1),
 )
 _NARROW = (
-    TileConfig(m64=1, block_n=256, stages=4, cluster=2, store_buffers=2),
+    TileConfig(m64=1, block_n=256, stages=5, cluster=2, store_columns=32),
     TileConfig(m64=2, block_n=128, stages=5, cluster=2),
     TileConfig(m64=1, block_n=192, stages=5, cluster=2),
     TileConfig(m64=1, block_n=128, stages=7, cluster=2),
-    TileConfig(m64=1, block_n=256, stages=4, cluster=1, store_buffers=2),
+    TileConfig(m64=1, block_n=256, stages=5, cluster=1, store_columns=32),
     TileConfig(m64=1, block_n=128, stages=7, cluster=1),
     TileConfig(m64=1, block_n=64, stages=8, cluster=1),
 )
