@@ -44,7 +44,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves
 
-from inductor_sparse import lowerings
+from inductor_sparse import _compat, lowerings
 from inductor_sparse.decisions import Decision, GraphDecisions
 
 Capability = tuple[int, int]
@@ -257,7 +257,8 @@ def generate(
     """
     sizes = (dynamic,) if isinstance(dynamic, int) else tuple(dynamic)
     lowerings.register_all()
-    with fake_cuda(capability), inductor_config.patch(dict(inductor or {})):
+    chosen = {**_compat.epilogue_fusion_options(), **(inductor or {})}
+    with fake_cuda(capability), inductor_config.patch(chosen):
         shape_env = ShapeEnv()
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         symbols = {size: _symbol(shape_env, size) for size in sizes}
@@ -317,18 +318,21 @@ def _functional(
     return call, [tensor.detach() for tensor in named.values()]
 
 
+_NO_GPU = ("not linked with support for cuda", "CUDA driver", "CUDA-capable device")
+
+
 def _trace_for_cuda(
     fn: Callable[..., Any], fakes: Sequence[Tensor], *, symbolic: bool
 ) -> torch.fx.GraphModule:
     """The aten graph of ``fn`` on CUDA.
 
-    A torch without CUDA cannot call some methods of such tensors, such as
-    ``contiguous``; then the graph is that of CPU tensors, moved.
+    Without a GPU some methods of such tensors cannot be called, ``contiguous`` among
+    them; then the graph is that of CPU tensors, moved.
     """
     try:
         return _trace(fn, fakes, symbolic=symbolic)
     except RuntimeError as error:
-        if "not linked with support for cuda" not in str(error):
+        if not any(complaint in str(error) for complaint in _NO_GPU):
             raise
     on_cpu = [
         torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
