@@ -225,7 +225,7 @@ def _autotuned(
         sparse24_choices.TileCaller(
             tile, product.operands, product.layout, oracle, node
         )
-        for tile in tile_model.tiles(product.dtype, product.b_order)
+        for tile in sparse24_kernel.configs(product.dtype, product.b_order)
     ]
     externs = [vendor24.MASKED_DENSE]
     if _vendor_refusal(product, "cusparselt") is None:

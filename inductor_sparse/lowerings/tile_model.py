@@ -15,33 +15,14 @@ import math
 
 import torch
 
-from inductor_sparse.lowerings.sparse24_kernel import DTYPE_NAMES, TileConfig
-
-_WIDE = (
-    TileConfig(m64=1, block_n=256, stages=5, cluster=2),
-    TileConfig(m64=2, block_n=128, stages=6, cluster=2),
-    TileConfig(m64=1, block_n=192, stages=6, cluster=2),
-    TileConfig(m64=1, block_n=128, stages=8, cluster=2),
-    TileConfig(m64=1, block_n=256, stages=5, cluster=1),
-    TileConfig(m64=1, block_n=128, stages=8, cluster=1),
-    TileConfig(m64=1, block_n=64, stages=8, cluster=1),
-)
-_NARROW = (
-    TileConfig(m64=1, block_n=256, stages=5, cluster=2, store_columns=32),
-    TileConfig(m64=2, block_n=128, stages=5, cluster=2),
-    TileConfig(m64=1, block_n=192, stages=5, cluster=2),
-    TileConfig(m64=1, block_n=128, stages=7, cluster=2),
-    TileConfig(m64=1, block_n=256, stages=5, cluster=1, store_columns=32),
-    TileConfig(m64=1, block_n=128, stages=7, cluster=1),
-    TileConfig(m64=1, block_n=64, stages=8, cluster=1),
-)
+from inductor_sparse.lowerings import sparse24_kernel
+from inductor_sparse.lowerings.sparse24_kernel import TileConfig
 
 _STEP_NS: dict[tuple[int, int, int], tuple[float, float]] = {
     (128, 256, 2): (377.0, 459.0),
     (256, 128, 2): (416.0, 664.0),
     (128, 192, 2): (304.0, 419.0),
     (128, 128, 2): (259.0, 402.0),
-    (128, 256, 1): (570.0, 590.0),
     (128, 128, 1): (346.0, 397.0),
     (128, 64, 1): (244.0, 384.0),
 }
@@ -53,22 +34,6 @@ _TILE_NS = 1500.0
 
 _PRODUCT_NS = 7000.0
 """Of each product, whatever its size."""
-
-
-def tiles(dtype: torch.dtype, b_order: str = "k") -> tuple[TileConfig, ...]:
-    """The tiles for operands of ``dtype``, the one for large products first.
-
-    With ``w`` in N order a tile of it is loaded in boxes of 64 columns, and the CTAs of
-    a cluster must be able to share them out.
-
-    Raises:
-        KeyError: there is no kernel for ``dtype``.
-    """
-    DTYPE_NAMES[dtype]
-    table = _NARROW if dtype.itemsize == 1 else _WIDE
-    if b_order == "k":
-        return table
-    return tuple(tile for tile in table if tile.block_n % (64 * tile.cluster) == 0)
 
 
 def rounds(tile: TileConfig, M: int, N: int, multiprocessors: int) -> int:
@@ -107,7 +72,7 @@ def best_tile(
         KeyError: there is no kernel for ``dtype``.
     """
     return min(
-        tiles(dtype, b_order),
+        sparse24_kernel.configs(dtype, b_order),
         key=lambda tile: expected_seconds(
             tile, M, N, K, dtype.itemsize, multiprocessors
         ),

@@ -12,7 +12,7 @@ from inductor_sparse import formats
 from inductor_sparse.lowerings import (
     candidate_check,
     sparse24_gemm,
-    tile_model,
+    sparse24_kernel,
     vendor24,
 )
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
@@ -105,7 +105,7 @@ def test_any_result_dtype(dtype: torch.dtype, out_dtype: torch.dtype, N: int) ->
 TILES = [
     pytest.param(dtype, order, tile, id=f"{dtype}-{order}-{tile}")
     for dtype, order in ((BF16, "k"), (BF16, "n"), (E4M3, "k"), (INT8, "k"))
-    for tile in tile_model.tiles(dtype, order)
+    for tile in sparse24_kernel.configs(dtype, order)
 ]
 
 

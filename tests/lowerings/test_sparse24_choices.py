@@ -17,8 +17,8 @@ from inductor_sparse import formats
 from inductor_sparse.lowerings import (
     candidate_check,
     sparse24_choices,
+    sparse24_kernel,
     sparse24_mm,
-    tile_model,
     vendor24,
 )
 
@@ -147,7 +147,7 @@ def test_every_tile_and_the_kernels_of_others_are_offered(
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: cusparselt)
     offered = choices_of(monkeypatch, 1)
     generated = generate(dtype)
-    tiles = tile_model.tiles(dtype)
+    tiles = sparse24_kernel.configs(dtype)
     assert tuple(choice.tile for choice in offered[: len(tiles)]) == tiles
     externs = [choice.choice for choice in offered[len(tiles) :]]
     expected = [vendor24.MASKED_DENSE] + [vendor24.CUSPARSELT] * cusparselt

@@ -10,7 +10,7 @@ import fake_cuda
 import pytest
 import torch
 
-from inductor_sparse.lowerings import sparse24_kernel, tile_model
+from inductor_sparse.lowerings import sparse24_kernel
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -24,7 +24,7 @@ TILES = [
         (torch.float16, "k", 1),
         (torch.int8, "k", 1),
     )
-    for tile in tile_model.tiles(dtype, order)[:count]
+    for tile in sparse24_kernel.configs(dtype, order)[:count]
 ]
 
 
@@ -69,7 +69,7 @@ def main_loop(sass: list[str]) -> list[str]:
 
 
 LARGEST = [
-    pytest.param(dtype, tile_model.tiles(dtype)[0], id=str(dtype))
+    pytest.param(dtype, sparse24_kernel.configs(dtype)[0], id=str(dtype))
     for dtype in (BF16, E4M3)
 ]
 

@@ -10,23 +10,23 @@ HALF, BYTE = torch.bfloat16, torch.float8_e4m3fn
 
 @pytest.mark.parametrize("dtype", list(sparse24_kernel.DTYPE_NAMES))
 def test_every_tile_fits_a_multiprocessor(dtype: torch.dtype) -> None:
-    for tile in tile_model.tiles(dtype):
+    for tile in sparse24_kernel.configs(dtype):
         needed = tile.shared_bytes(dtype.itemsize)
         assert needed <= sparse24_kernel.SHARED_BYTES, tile
         assert tile.accumulators <= 128, tile
 
 
 def test_in_n_order_a_cluster_can_share_out_the_boxes() -> None:
-    wide = tile_model.tiles(HALF, "k")
-    narrow = tile_model.tiles(HALF, "n")
+    wide = sparse24_kernel.configs(HALF, "k")
+    narrow = sparse24_kernel.configs(HALF, "n")
     assert set(narrow) < set(wide)
     dropped = [tile for tile in wide if tile not in narrow]
     assert {tile.block_n for tile in dropped} == {192}
 
 
 def test_there_is_no_tile_for_float32() -> None:
-    with pytest.raises(KeyError, match="float32"):
-        tile_model.tiles(torch.float32)
+    with pytest.raises(KeyError, match="4"):
+        sparse24_kernel.configs(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BYTE])
@@ -43,7 +43,7 @@ def test_tiles_shrink_when_multiprocessors_would_be_idle() -> None:
 
 
 def test_a_round_more_is_counted() -> None:
-    tile = tile_model.tiles(HALF)[0]
+    tile = sparse24_kernel.configs(HALF)[0]
     columns = 66 * tile.block_n
     assert tile_model.rounds(tile, 256, columns, 132) == 1
     assert tile_model.rounds(tile, 256, columns + 1, 132) == 2
@@ -51,7 +51,7 @@ def test_a_round_more_is_counted() -> None:
 
 
 def test_time_grows_with_the_reduction() -> None:
-    tile = tile_model.tiles(HALF)[0]
+    tile = sparse24_kernel.configs(HALF)[0]
 
     def seconds(K: int, itemsize: int) -> float:
         return tile_model.expected_seconds(tile, 4096, 4096, K, itemsize, 132)
@@ -62,14 +62,14 @@ def test_time_grows_with_the_reduction() -> None:
 
 
 def test_the_rate_is_below_what_the_multiprocessors_can_do() -> None:
-    tile = tile_model.tiles(HALF)[0]
+    tile = sparse24_kernel.configs(HALF)[0]
     seconds = tile_model.expected_seconds(tile, 8192, 8192, 8192, 2, 132)
     assert 1.0e15 < 2 * 8192**3 / seconds < 1.5e15
 
 
 @pytest.mark.parametrize("dtype", list(sparse24_kernel.DTYPE_NAMES))
 def test_every_tile_was_measured(dtype: torch.dtype) -> None:
-    for tile in tile_model.tiles(dtype):
+    for tile in sparse24_kernel.configs(dtype):
         seconds = tile_model.expected_seconds(tile, 64, 64, 64, dtype.itemsize, 132)
         assert 5e-6 < seconds < 2e-5
 
