@@ -8,8 +8,8 @@ instead: round to nearest even, and NaN results in one positive form.
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import struct
 import subprocess
 import sys
@@ -17,11 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 
 
 def _send(stream: IO[bytes], message: Any) -> None:
-    body = pickle.dumps(message)
-    stream.write(struct.pack("<q", len(body)) + body)
+    body = io.BytesIO()
+    torch.save(message, body)
+    stream.write(struct.pack("<q", body.tell()) + body.getvalue())
     stream.flush()
 
 
@@ -29,7 +32,7 @@ def _receive(stream: IO[bytes]) -> Any:
     header = stream.read(8)
     if not header:
         raise EOFError
-    return pickle.loads(stream.read(struct.unpack("<q", header)[0]))
+    return torch.load(io.BytesIO(stream.read(struct.unpack("<q", header)[0])))
 
 
 class Interpreter:
@@ -75,7 +78,6 @@ class Interpreter:
 def _patch_interpreter() -> None:
     """Give the interpreter the arithmetic of the hardware in bfloat16 and 8 bits."""
     import numpy as np
-    import torch
     from triton import language as tl
     from triton.runtime import interpreter
 
