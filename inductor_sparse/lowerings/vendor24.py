@@ -14,7 +14,9 @@ and ``C`` blocks of 64 rows and of 64 columns of the packed operand.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 
 from inductor_sparse import formats, ops, reference
 from inductor_sparse.formats import BLOCK
+from inductor_sparse.runtime import triton_text
 
 ROUTES: dict[str, str] = {
     "sm_90": "own",
@@ -36,6 +39,9 @@ ROUTES: dict[str, str] = {
 
 _WIDE = (torch.bfloat16, torch.float16)
 _NARROW = (torch.float8_e4m3fn, torch.int8)
+
+_BITS = {1: torch.uint8, 2: torch.int16}
+_UNPACK_ROWS, _UNPACK_COLUMNS = 8, 256
 
 
 def masked_dense(
@@ -66,7 +72,7 @@ def masked_dense(
         and dtype in _WIDE + _NARROW
         and 0 not in (*values.shape, *w.shape)
     ):
-        dense = formats.unpack(values, metadata, w.shape[0])
+        dense = unpack(values, metadata, w.shape[0])
         exact = row_scale is None and col_scale is None and out == dtype
         product = torch.mm(dense, w) if exact else _dense_product(dense, w)
         if product is not None:
@@ -74,6 +80,38 @@ def masked_dense(
     return ops.sparse24_mm(
         values, metadata, w, row_scale, col_scale, out_dtype=out_dtype
     )
+
+
+def unpack(values: Tensor, metadata: Tensor, features: int) -> Tensor:
+    """:func:`inductor_sparse.formats.unpack`, on a GPU by one kernel."""
+    if not values.is_cuda or values.dtype.itemsize not in _BITS or not _has_triton():
+        return formats.unpack(values, metadata, features)
+    formats.check_packed(values, metadata, features)
+    bits = _BITS[values.dtype.itemsize]
+    M = values.shape[0]
+    dense = values.new_empty(M, features)
+    values, metadata = values.contiguous(), metadata.contiguous()
+    grid = (-(-M // _UNPACK_ROWS), -(-features // _UNPACK_COLUMNS))
+    if 0 in grid:
+        return dense
+    with torch.cuda.device(values.device):
+        triton_text.load("unpack24").unpack24_kernel[grid](
+            values.view(bits),
+            metadata,
+            dense.view(bits),
+            M,
+            features,
+            values.stride(0),
+            WIDE=values.dtype.itemsize == 2,
+            BLOCK_M=_UNPACK_ROWS,
+            BLOCK_K=_UNPACK_COLUMNS,
+        )
+    return dense
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _dense_product(dense: Tensor, w: Tensor) -> Tensor | None:
@@ -139,7 +177,7 @@ def cusparselt(
     """
     M, K = values.shape[0], w.shape[0]
     out = reference.result_dtype24(values.dtype, out_dtype)
-    dense = formats.unpack(values, metadata, 2 * values.shape[1])
+    dense = unpack(values, metadata, 2 * values.shape[1])
     dense = torch.nn.functional.pad(dense, (0, 0, 0, -M % 32))
     if dense.shape[1] != K:
         w = torch.nn.functional.pad(w, (0, 0, 0, dense.shape[1] - K))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
+from triton_interpreter import Interpreter
 
 from inductor_sparse import formats, reference
 from inductor_sparse.lowerings import candidate_check, vendor24
@@ -51,6 +54,36 @@ def test_the_masked_dense_product_is_the_op(dtype: torch.dtype, scaled: bool) ->
     expected = candidate_check.expected_rows(rows, values, metadata, w, *scales)
     error = candidate_check.relative_error(found, expected)
     assert error < torch.finfo(found.dtype).eps
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as running:
+        yield running
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M, K", [(1, 64), (70, 100), (130, 320)])
+def test_unpacking_on_a_gpu(
+    M: int, K: int, dtype: torch.dtype, interpreter: Interpreter
+) -> None:
+    values, metadata = packed(M, K, dtype)
+    wide = dtype.itemsize == 2
+    bits = torch.int16 if wide else torch.uint8
+    values = torch.nn.functional.pad(values.view(bits), (0, 5))  # a row stride
+    dense = torch.full((M, K), 7, dtype=bits)
+    rows, columns = vendor24._UNPACK_ROWS, vendor24._UNPACK_COLUMNS
+    _, _, dense, *_ = interpreter.run(
+        ["unpack24"],
+        "unpack24_kernel",
+        (-(-M // rows), -(-K // columns)),
+        *(values, metadata, dense, M, K, values.stride(0)),
+        WIDE=wide,
+        BLOCK_M=rows,
+        BLOCK_K=columns,
+    )
+    expected = formats.unpack(values[:, :-5].view(dtype), metadata, K)
+    assert torch.equal(dense.view(dtype).view(bits), expected.view(bits))
 
 
 def test_scales_are_applied_before_rounding() -> None:
