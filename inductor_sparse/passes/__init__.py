@@ -23,6 +23,7 @@ from inductor_sparse.passes import (
     observe_density,
     relu_matmul,
     relu_squared_matmul,
+    scaled_matmul,
 )
 from inductor_sparse.passes.base import GraphPass, PassContext, Rule
 from inductor_sparse.passes.emit import emit_activation_spmm
@@ -34,6 +35,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     relu_squared_matmul.RULE,
     relu_matmul.RULE,
     gated_matmul.RULE,
+    scaled_matmul.RULE,
     higher_order.PASS,
     observe_density.PASS,
     cleanup.PASS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Container
 from contextlib import nullcontext
@@ -123,8 +124,11 @@ def is_widening(cast: object) -> bool:
     if not is_cast(cast):
         return False
     to, source = cast.meta["val"].dtype, input_of(cast).meta["val"].dtype
-    floating = to.is_floating_point and source.is_floating_point
-    return floating and torch.promote_types(source, to) == to
+    if not (to.is_floating_point and source.is_floating_point):
+        return False
+    if 1 in (to.itemsize, source.itemsize):  # torch promotes no 8-bit floats
+        return to == source
+    return torch.promote_types(source, to) == to
 
 
 def with_dtype(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
@@ -245,6 +249,8 @@ def erase_dead(node: fx.Node) -> None:
 
 def _is_pure(node: fx.Node) -> bool:
     target = node.target
+    if target is operator.getitem:
+        return True
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     random = torch.Tag.nondeterministic_seeded in target.tags

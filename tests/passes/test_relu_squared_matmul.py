@@ -40,6 +40,7 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda h: F.dropout(h, 0.5, training=True),
     "permuted tokens": lambda h: h.transpose(0, 1).contiguous(),
     "slice": lambda h: h[:, 1:],
+    "through fp8": lambda h: h.to(torch.float8_e4m3fn).to(h.dtype),
     "fake quantization": lambda h: (h * 16).round().clamp(-128, 127) / 16,
 }
 

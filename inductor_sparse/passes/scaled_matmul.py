@@ -1,0 +1,298 @@
+"""ReLU or ReLU², quantized row by row, feeding an fp8 product: packed 2:4 in one go.
+
+``_scaled_mm(to_fp8(h / s), w8, s, sw)`` with ``h = act(z)`` and ``s`` taken from the
+largest value of each row of ``h``, as quantization libraries write it, becomes
+
+- ``values, metadata, s = sparsify24_quantized(z, act)``
+- ``sparse24_mm(values, metadata, w8, s, sw)``
+
+Shape legend: M tokens, K reduction, N output features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from inductor_sparse.decisions import Reason, Tier
+from inductor_sparse.passes.base import (
+    PassContext,
+    Rule,
+    close_applied,
+    close_dense,
+    open_decision,
+)
+from inductor_sparse.passes.choice import Regime
+from inductor_sparse.passes.emit import packable_input, shared_call
+from inductor_sparse.passes.fx_utils import (
+    CASTS,
+    ORDERED_VIEWS,
+    aten,
+    input_of,
+    insert_call,
+    is_call,
+    is_cast,
+    peel,
+    tensor_of,
+)
+from inductor_sparse.passes.gpu_obstacles import (
+    kernel_obstacle,
+    layout_obstacle,
+    training_obstacle,
+)
+from inductor_sparse.passes.gpu_regimes import Packing, choose
+from inductor_sparse.passes.producers import Producer, find_producer
+from inductor_sparse.passes.regimes import ON_GPU, too_dense
+from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, is_tangent_name
+
+if TYPE_CHECKING:
+    from inductor_sparse.decisions import Decision
+
+_ops = torch.ops.inductor_sparse
+_TARGET = aten._scaled_mm.default
+_SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
+_BOUNDS = frozenset(
+    {
+        aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.maximum.default,
+        aten.minimum.default,
+    }
+)
+_MAXIMA = frozenset({aten.amax.default, aten.max.default, aten.max.dim})
+_MAGNITUDES = ORDERED_VIEWS | CASTS | {aten.abs.default}
+_FP8 = torch.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Quantized:
+    """``h``, the activation before it was quantized, and the scale it was given."""
+
+    h: fx.Node
+    views: list[fx.Node]
+    scale: fx.Node
+    divides: bool
+
+
+class ScaledMatmul(Rule):
+    """_scaled_mm(to_fp8(relu(z)² / s), w, s, t): sparsify24_quantized, sparse24_mm."""
+
+    name = "scaled_matmul"
+    tier = Tier.APPROXIMATE
+    op = "sparse24_mm"
+    packs = True
+
+    def match(self, site: Site) -> Producer | None:
+        """The producer of any 8-bit product that has one."""
+        return find_producer(site.lhs)
+
+    def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
+        """Insert the packing and the product; ``weight`` is taken as it lies."""
+        quantized = _read(site.lhs)
+        assert isinstance(quantized, _Quantized)
+        inner = dataclasses.replace(site, lhs=quantized.h)
+        z, activation, select = packable_input(inner)
+        for view in reversed(quantized.views):
+            assert callable(view.target)
+            args = (z, *view.args[1:])
+            z = shared_call(site.matmul, view.target, args, dict(view.kwargs))
+        packed = shared_call(
+            site.matmul,
+            _ops.sparsify24_quantized.default,
+            (z, activation, select, _FP8),
+        )
+        values, metadata, row_scale = (
+            shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(3)
+        )
+        return insert_call(
+            site.matmul,
+            _ops.sparse24_mm.default,
+            (values, metadata, weight, row_scale, _column_scale(site)),
+            {"out_dtype": site.matmul.meta["val"].dtype},
+        )
+
+    def decide_all(
+        self, graph: fx.Graph, context: PassContext, *, disabled: bool
+    ) -> None:
+        """Decide every 8-bit product on a GPU whose left operand has a producer."""
+        for site in _sites(graph):
+            producer = self.match(site)
+            if producer is None:
+                continue
+            decision = open_decision(site, producer, context, self.name, self.tier)
+            found = self._refusal(site, producer, decision, context, disabled)
+            if found is not None:
+                close_dense(decision, found, site.matmul)
+                continue
+            product = self.rewrite(site, site.rhs, context)
+            close_applied(decision, site, product)
+
+    def _refusal(
+        self,
+        site: Site,
+        producer: Producer,
+        decision: Decision,
+        context: PassContext,
+        disabled: bool,
+    ) -> Rejection | None:
+        if producer.reason is not None:
+            return Rejection(producer.reason, producer.detail)
+        if disabled:
+            return Rejection(Reason.RULE_DISABLED, f"{self.name} is turned off")
+        if context.option("activation_format") == "exact":
+            why = 'sparse.activation_format is "exact", and there is no exact 8-bit op'
+            return Rejection(Reason.NO_KERNEL_YET, why)
+        found = (
+            too_dense(decision, context)
+            or _look_alike(site)
+            or training_obstacle(context)
+            or layout_obstacle(site)
+        )
+        if found is not None:
+            return found
+        ops = ("sparsify24_quantized", "sparse24_mm")
+        dtype = str(_FP8).removeprefix("torch.")
+        obstacle = kernel_obstacle(ops, dtype, decision.arch, context)
+        packing = Packing(dtype, dtype, replaces_activation=True)
+        choice = choose(site, decision, {Regime.PACK: obstacle}, packing, context)
+        if isinstance(choice, Rejection):
+            return choice
+        decision.expected_gain, decision.detail = choice.expected_gain, choice.note
+        return None
+
+
+def _sites(graph: fx.Graph) -> list[Site]:
+    """The undecided 8-bit products of the forward on GPUs, in graph order."""
+    if any(is_tangent_name(n.name) for n in graph.find_nodes(op="placeholder")):
+        return []
+    sites = []
+    for node in graph.find_nodes(op="call_function", target=_TARGET):
+        value = tensor_of(node)
+        if value is None or value.device.type not in ON_GPU or SITE_KEY in node.meta:
+            continue
+        bias = _argument(node, 4, "bias")
+        sites.append(
+            Site(
+                node,
+                input_of(node),
+                input_of(node, 1),
+                bias if isinstance(bias, fx.Node) else None,
+            )
+        )
+    return sites
+
+
+def _argument(node: fx.Node, position: int, name: str) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _look_alike(site: Site) -> Rejection | None:
+    """Why an 8-bit product is not the one that the packed form computes, or None."""
+    lhs, rhs, out = (tensor_of(n) for n in (site.lhs, site.rhs, site.matmul))
+    assert lhs is not None and rhs is not None and out is not None
+    if lhs.dtype != _FP8 or rhs.dtype != _FP8 or out.dtype != torch.bfloat16:
+        why = f"{lhs.dtype} by {rhs.dtype} to {out.dtype}; e4m3 to bfloat16 is known"
+        return Rejection(Reason.UNSUPPORTED_DTYPE, why.replace("torch.", ""))
+    if _argument(site.matmul, 5, "scale_result") is not None:
+        return Rejection(Reason.NO_KERNEL_YET, "the result has a scale of its own")
+    quantized = _read(site.lhs)
+    if isinstance(quantized, str):
+        return Rejection(Reason.NO_KERNEL_YET, quantized)
+    return _wrong_scales(site, quantized)
+
+
+def _wrong_scales(site: Site, quantized: _Quantized) -> Rejection | None:
+    row, column = (tensor_of(_argument(site.matmul, i, "")) for i in (2, 3))
+    M, _, N = site.sizes
+    if row is None or column is None or row.numel() == 1 != M:
+        why = "the activation has one scale for the whole tensor; ours are per row"
+        return Rejection(Reason.NO_KERNEL_YET, why)
+    if column.numel() not in (1, N):
+        return Rejection(Reason.NO_KERNEL_YET, "the weight is scaled in blocks")
+    given, inverted = _scale_source(input_of(site.matmul, 2))
+    used, used_inverted = _scale_source(quantized.scale)
+    consistent = (inverted != used_inverted) != quantized.divides
+    if given is not used or not consistent:
+        why = "the scale of the product is not the one that the rows were divided by"
+        return Rejection(Reason.NO_KERNEL_YET, why)
+    maximum, _ = peel(given, ORDERED_VIEWS | CASTS | {operator.getitem})
+    if not is_call(maximum, _MAXIMA) or not _is_by_row(maximum, quantized.h):
+        why = "the scale of a row is not taken from the largest value of the row"
+        return Rejection(Reason.NO_KERNEL_YET, why)
+    return None
+
+
+def _is_by_row(maximum: fx.Node, h: fx.Node) -> bool:
+    """Whether a maximum is that of ``h`` over the last dimension alone."""
+    source, value = peel(input_of(maximum), _MAGNITUDES)[0], tensor_of(maximum.args[0])
+    dims = maximum.args[1] if len(maximum.args) > 1 else []
+    listed = dims if isinstance(dims, (list, tuple)) else [dims]
+    by_row = value is not None and listed in ([-1], [value.ndim - 1])
+    return by_row and source is peel(h, _MAGNITUDES)[0]
+
+
+def _scale_source(scale: fx.Node) -> tuple[fx.Node, bool]:
+    """The maximum that a scale comes from, and whether the scale is its inverse.
+
+    Between the two are constants, bounds and casts: a scale may be any multiple.
+    """
+    inverted = False
+    while True:
+        scale, _ = peel(scale, ORDERED_VIEWS | CASTS)
+        if is_call(scale, {aten.reciprocal.default}):
+            inverted, scale = not inverted, input_of(scale)
+        elif is_call(scale, {aten.div.Tensor}) and _is_constant(scale.args[1]):
+            scale = input_of(scale)
+        elif is_call(scale, {aten.div.Tensor}) and _is_constant(scale.args[0]):
+            inverted, scale = not inverted, input_of(scale, 1)
+        elif is_call(scale, _BOUNDS | {aten.mul.Tensor}) and all(
+            map(_is_constant, scale.args[1:])
+        ):
+            scale = input_of(scale)
+        else:
+            return scale, inverted
+
+
+def _is_constant(argument: object) -> bool:
+    if not isinstance(argument, fx.Node):
+        return True
+    return is_call(argument, {aten.full.default, aten.scalar_tensor.default})
+
+
+def _read(lhs: fx.Node) -> _Quantized | str:
+    """The activation behind a quantized operand, or why it is none that we know."""
+    node, views = peel(lhs, ORDERED_VIEWS)
+    if not is_cast(node):
+        return "the operand is not cast from a wider one"
+    node = input_of(node)
+    while is_call(node, _BOUNDS):
+        node = input_of(node)
+    inner, more = peel(node, ORDERED_VIEWS)
+    if not is_call(inner, _SCALINGS):
+        return "the operand is not divided by a scale"
+    h, scale = inner.args[:2]
+    if not isinstance(h, fx.Node) or not isinstance(scale, fx.Node):
+        return "the operand is divided by a constant, not by the scale of its row"
+    while is_cast(h):
+        h = input_of(h)
+    divides = inner.target is aten.div.Tensor
+    return _Quantized(h, [*views, *more], scale, divides)
+
+
+def _column_scale(site: Site) -> fx.Node:
+    """The scale of the weight as one number per output feature, ``[N]``."""
+    scale = input_of(site.matmul, 3)
+    value, N = tensor_of(scale), site.sizes[2]
+    assert value is not None
+    flat = insert_call(site.matmul, aten.view.default, (scale, [-1]))
+    if value.numel() == N:
+        return flat
+    return insert_call(site.matmul, aten.expand.default, (flat, [N]))
+
+
+RULE = ScaledMatmul()

@@ -1,0 +1,211 @@
+"""fp8 products of a quantized activation, as libraries write them -> packed 2:4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from tracing import calls, rewrite, trace
+
+from inductor_sparse.decisions import Decision, Reason, Status, Tier
+
+M, K, N = 4096, 16384, 8192
+FP8 = torch.float8_e4m3fn
+LIMIT = torch.finfo(FP8).max
+
+Quantized = tuple[Tensor, Tensor]
+
+
+def by_division(h: Tensor) -> Quantized:
+    """scale = amax / 448, as quantized inference writes it."""
+    scale = (h.abs().amax(dim=-1, keepdim=True) / LIMIT).float().clamp(min=1e-12)
+    return (h.float() / scale).clamp(-LIMIT, LIMIT).to(FP8), scale
+
+
+def by_product(h: Tensor) -> Quantized:
+    """scale = 448 / amax, as quantized training writes it."""
+    amax = h.abs().amax(dim=-1, keepdim=True).double()
+    scale = (LIMIT / amax.clamp(min=1e-12)).float()
+    return (h.float() * scale).clamp(-LIMIT, LIMIT).to(FP8), scale.reciprocal()
+
+
+def by_max(h: Tensor) -> Quantized:
+    scale = h.max(dim=-1, keepdim=True)[0].float() / LIMIT
+    return (h / scale).to(FP8), scale
+
+
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x) ** 2
+
+
+def product(q: Tensor, s: Tensor, w: Tensor, t: Tensor, **options: Any) -> Tensor:
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True, **options}
+    rows = s.flatten(0, -2) if s.ndim else s
+    out = torch._scaled_mm(q.flatten(0, -2), w.t(), rows, t, **options)
+    return out.unflatten(0, q.shape[:-1])
+
+
+def layer(
+    quantize: Callable[[Tensor], Quantized], act: Callable[[Tensor], Tensor] = relu2
+) -> Callable[..., Tensor]:
+    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return product(*quantize(act(x)), w, t)
+
+    return fn
+
+
+def run(
+    fn: Callable[..., Tensor],
+    shape: tuple[int, ...] = (M, K),
+    scales: int = N,
+    arch: str = "sm_90",
+    device: str = "cuda",
+    **context: Any,
+) -> tuple[fx.GraphModule, list[Decision]]:
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(N, K, dtype=FP8, device="meta")
+    t = torch.empty((1, scales) if scales > 1 else (), device="meta")
+    gm = trace(fn, x, w, t, device=device)
+    context.setdefault("architecture", lambda device: arch)
+    return gm, rewrite(gm, static=[1, 2], **context).decisions
+
+
+@pytest.mark.parametrize("quantize", [by_division, by_product, by_max])
+@pytest.mark.parametrize("act", [relu2, F.relu])
+@pytest.mark.parametrize("shape", [(M, K), (2, M // 2, K)], ids=["2d", "3d"])
+def test_quantized_by_rows(
+    quantize: Callable[[Tensor], Quantized],
+    act: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+) -> None:
+    gm, (decision,) = run(layer(quantize, act), shape)
+    assert (decision.status, decision.detail) == (
+        Status.APPLIED,
+        "for this shape skipping zeros wins never, 2:4 from 2048 tokens on",
+    )
+    assert (decision.rule, decision.tier) == ("scaled_matmul", Tier.APPROXIMATE)
+    (packed,) = calls(gm, "sparsify24_quantized")
+    name = "relu2" if act is relu2 else "relu"
+    assert packed.args[1:4] == (name, "largest", FP8)
+    assert packed.args[4] is calls(gm, "site_energy")[0]
+    (made,) = calls(gm, "sparse24_mm")
+    assert made.args[2].meta["val"].stride() == (1, K)
+    assert made.args[4].meta["val"].shape == (N,)
+    assert calls(gm, "_scaled_mm") == calls(gm, "amax") == calls(gm, "pow") == []
+
+
+def test_one_scale_for_the_weight_and_a_bias() -> None:
+    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        q, s = by_division(relu2(x))
+        bias = x.new_ones(N)
+        return product(q, s, w, t * t.new_ones(1, N), bias=bias)
+
+    gm, (decision,) = run(fn, scales=1)
+    assert decision.status is Status.APPLIED
+    assert calls(gm, "sparse24_mm")[0].args[4].meta["val"].shape == (N,)
+    assert len(calls(gm, "add")) == 1
+
+
+def whole_tensor(h: Tensor) -> Quantized:
+    scale = h.abs().amax().float() / LIMIT
+    return (h / scale).to(FP8), scale * scale.new_ones(*h.shape[:-1], 1)
+
+
+def given_scale(h: Tensor) -> Quantized:
+    scale = h.new_ones(*h.shape[:-1], 1, dtype=torch.float32)
+    return (h / scale).to(FP8), scale
+
+
+def wrong_scale(h: Tensor) -> Quantized:
+    q, s = by_division(h)
+    return q, s.reciprocal()
+
+
+def other_rows(h: Tensor) -> Quantized:
+    s = (h + 1).abs().amax(dim=-1, keepdim=True).float() / LIMIT
+    return (h / s).to(FP8), s
+
+
+def not_scaled(h: Tensor) -> Quantized:
+    return h.to(FP8), h.abs().amax(dim=-1, keepdim=True).float()
+
+
+NOT_THE_LARGEST = "the scale of a row is not taken from the largest value of the row"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "detail"),
+    [
+        (whole_tensor, NOT_THE_LARGEST),
+        (given_scale, NOT_THE_LARGEST),
+        (other_rows, NOT_THE_LARGEST),
+        (wrong_scale, "is not the one that the rows were divided by"),
+        (not_scaled, "the operand is not divided by a scale"),
+    ],
+)
+def test_look_alikes(quantize: Callable[[Tensor], Quantized], detail: str) -> None:
+    gm, (decision,) = run(layer(quantize))
+    assert decision.reason is Reason.NO_KERNEL_YET
+    assert detail in decision.detail
+    assert len(calls(gm, "_scaled_mm")) == 1
+
+
+def test_smooth_activation() -> None:
+    _, (decision,) = run(layer(by_division, F.silu))
+    assert decision.reason is Reason.ACTIVATION_NOT_SPARSE
+    assert run(layer(by_division, lambda x: x))[1] == []
+
+
+def test_another_result_dtype() -> None:
+    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        q, s = by_division(relu2(x))
+        one = s.flatten().select(0, 0)
+        return product(q, one, w, t, out_dtype=torch.float32)
+
+    _, (decision,) = run(fn, scales=1)
+    assert decision.reason is Reason.UNSUPPORTED_DTYPE
+    assert decision.detail == (
+        "float8_e4m3fn by float8_e4m3fn to float32; e4m3 to bfloat16 is known"
+    )
+
+
+@pytest.mark.parametrize(
+    ("context", "reason"),
+    [
+        ({"arch": "sm_89"}, Reason.ARCH_UNSUPPORTED),
+        ({"shape": (256, K)}, Reason.NOT_PROFITABLE),
+        ({"is_training": True}, Reason.TRAINING_GRAPH),
+        ({"options": {"activation_format": "exact"}}, Reason.NO_KERNEL_YET),
+        ({"options": {"disabled_rules": "scaled_matmul"}}, Reason.RULE_DISABLED),
+    ],
+)
+def test_obstacles(context: dict[str, Any], reason: Reason) -> None:
+    gm, (decision,) = run(layer(by_division), **context)
+    assert decision.reason is reason
+    assert len(calls(gm, "_scaled_mm")) == 1
+
+
+def test_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph for a GPU, run by the eager definitions on a CPU."""
+    from inductor_sparse.passes import scaled_matmul
+
+    monkeypatch.setattr(scaled_matmul, "ON_GPU", ("cpu",))
+    torch.manual_seed(0)
+    x = torch.randn(8, 64).bfloat16()
+    x[:, 1::2] = -x[:, ::2].abs()  # every other neuron is silent: nothing is dropped
+    w, t = (torch.randn(32, 64) * 20).to(FP8), torch.rand(1, 32) + 0.5
+    gm = trace(layer(by_product), x, w, t)
+    record = rewrite(
+        gm,
+        static=[1, 2],
+        options={"activation_format": "2:4"},
+        architecture=lambda device: "sm_90",
+    )
+    assert [d.op for d in record.applied] == ["sparse24_mm"]
+    exact = relu2(x.double()) @ (w.double() * t.double().t()).t()
+    error = (gm(x, w, t).double() - exact).norm() / exact.norm()
+    assert error < 0.05
