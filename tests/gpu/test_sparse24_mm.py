@@ -192,3 +192,12 @@ def test_kernels_of_others(
     result = kernel(*inputs)
     assert result.dtype == out_dtype
     assert error(result, inputs) < candidate_check.tolerance(out_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unpacking(dtype: torch.dtype) -> None:
+    for M, K in ((1, 64), (70, 100), (1030, 4096)):
+        values, metadata, *_ = operands(M, 8, K, dtype)
+        found = vendor24.unpack(values, metadata, K)
+        expected = formats.unpack(values, metadata, K)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.sm90,
     pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
+    # Of Inductor itself, while it makes inputs for autotuning.
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
 ]
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
