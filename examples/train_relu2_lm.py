@@ -1,9 +1,9 @@
 """Train the byte-level ReLU² language model on the standard library's source files.
 
 It trains on a GPU if there is one: 45 seconds of an H200 get much further than 40
-minutes of two busy cores, and twice as long overfits.  ``--minutes 0.2 --out /tmp/x.pt``
-is a smoke test.  The learning rate falls to zero at the time limit, so any limit gives
-a finished model.
+minutes of two busy cores, and twice as long overfits.  ``--minutes 0.2 --out
+/tmp/x.pt`` is a smoke test.  The learning rate falls to zero at the time limit, so any
+limit gives a finished model.
 Shape legend: see ``relu2_lm.py``; ``N`` bytes of all the text, ``L`` layers.
 """
 

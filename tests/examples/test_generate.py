@@ -1,0 +1,129 @@
+"""Generation dense and sparse: the text, the speeds, the sites of each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import generate
+import generation
+import pytest
+import torch
+from generation import Generator
+from relu2_lm import LMConfig, ReLU2LM
+from torch import nn
+
+TINY = LMConfig(d_model=32, layers=2, heads=2, hidden=128, context=64)
+QUICK = ("--device", "cpu", "--prompt", "24", "--new", "4", "--repeats", "1")
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> ReLU2LM:
+    """A model of random weights in the place of the shipped one."""
+    torch.manual_seed(0)
+    model = ReLU2LM(TINY).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.2)
+    monkeypatch.setattr(generation, "load_model", lambda dtype: model.to(dtype))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_model")
+def test_our_model_writes_the_same_dense_and_sparse(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert generate.main(*QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "greedy text: the same" in printed
+    row = "blocks.1.ffn.down  activation_spmm  activation_spmm"
+    assert row in printed
+    assert [line.split()[0] for line in printed.splitlines()[3:5]] == [
+        "prefill",
+        "decode",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the dependencies of transformers
+def test_models_of_transformers_by_configuration(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("transformers")
+    assert generate.main("--config", "nemotron-tiny", *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "nemotron-tiny, float32, cpu, prompt of 24 tokens" in printed
+    assert "model.layers.1.mlp.down_proj" in printed
+    assert "greedy text: the same" in printed
+
+
+class FakeGenerator:
+    """Stands for a generator that writes a given text."""
+
+    texts: ClassVar[dict[str, list[int]]] = {}
+    reasons: ClassVar[list[Any]] = [None]
+
+    def __init__(self, lm: Any, backend: str, new: int, options: Any) -> None:
+        self.text = self.texts[backend]
+        one = type("Decision", (), {"reason": None})
+        self.sites = {"prefill": [one] * len(self.reasons), "decode": []}
+
+    def __call__(self) -> list[int]:
+        return self.text
+
+    def tokens_per_second(self) -> dict[str, float]:
+        return {"prefill": 10.0, "decode": 5.0}
+
+    def table(self) -> dict[str, dict[str, str]]:
+        return {"ffn.down": {"prefill": "sparse24_mm"}}
+
+
+@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.parametrize(
+    ("sparse", "reasons", "device", "code"),
+    [
+        ([1, 2, 3], [None], "cpu", 0),
+        ([1, 5, 3], [None], "cpu", 1),
+        ([1, 2, 3], [], "cpu", 1),
+    ],
+    ids=["same", "other text", "no site"],
+)
+def test_exit_code(
+    sparse: list[int],
+    reasons: list[Any],
+    device: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        FakeGenerator, "texts", {"inductor": [1, 2, 3], "sparse": sparse}
+    )
+    monkeypatch.setattr(FakeGenerator, "reasons", reasons)
+    monkeypatch.setattr(generate, "Generator", FakeGenerator)
+    assert generate.main("--device", device) == code
+    printed = capsys.readouterr().out
+    assert ("DIFFERENT at 1" in printed) == (sparse[1] == 5)
+    assert "ffn.down  sparse24_mm  -" in printed
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_eager_generation_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = generation.load(None, None, 8, 4, "cpu", torch.float32)
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    generator = Generator(lm, "eager", 4, {})
+    first, again = generator(), generator()
+    text = lm.prompt_BT[0].tolist()
+    with torch.no_grad():
+        for _ in range(4):
+            text.append(int(lm.step(torch.tensor([text]))[0, -1].argmax()))
+    assert first == again == text[8:]
+    assert [len(times) for times in generator.seconds.values()] == [2, 2]
