@@ -1,0 +1,106 @@
+"""What the Hopper kernel takes, and how a weight that it does not take is copied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inductor_sparse.lowerings import sparse24_gemm, sparse24_kernel
+
+BF16, INT8 = torch.bfloat16, torch.int8
+
+ORDERS = [
+    # (K, N), strides along K and N, bytes of an element, order
+    ((1024, 256), (1, 1024), 2, "k"),  # linear.weight.t()
+    ((1024, 256), (1, 1032), 2, "k"),
+    ((1024, 256), (1, 1028), 2, None),  # columns 2056 bytes apart
+    ((1024, 256), (256, 1), 2, "n"),
+    ((1024, 256), (256, 1), 1, None),  # wgmma transposes 16-bit operands only
+    ((1024, 256), (1, 1024), 1, "k"),
+    ((1024, 256), (1, 1032), 1, None),
+    ((1022, 256), (1, 1022), 2, None),
+    ((1024, 250), (250, 1), 2, None),
+    ((1024, 256), (2, 2048), 2, None),
+    ((1024, 256), (1, 0), 2, None),  # expanded
+    ((1024, 256), (0, 1), 2, None),
+    ((1, 8), (8, 1), 2, "n"),
+    ((1, 8), (1, 8), 2, "k"),
+    ((64, 1), (1, 64), 2, "k"),
+]
+
+
+@pytest.mark.parametrize("size, stride, itemsize, order", ORDERS)
+def test_the_order_of_a_weight(
+    size: tuple[int, int], stride: tuple[int, int], itemsize: int, order: str | None
+) -> None:
+    assert sparse24_gemm.weight_order(size, stride, itemsize) == order
+
+
+@pytest.mark.parametrize("dtype", [BF16, INT8])
+@pytest.mark.parametrize("K, N", [(100, 24), (64, 9), (1, 1)])
+def test_a_copy_can_be_fetched(K: int, N: int, dtype: torch.dtype) -> None:
+    w = torch.arange(K * N * 2).remainder(100).to(dtype).view(K, 2 * N)[:, ::2]
+    copy, order = sparse24_gemm.fetchable(w)
+    assert order == "k"
+    assert torch.equal(copy, w)
+    size, stride = copy.shape, copy.stride()
+    assert sparse24_gemm.weight_order(size, stride, w.element_size()) == "k"
+
+
+def test_what_can_be_fetched_is_not_copied() -> None:
+    weight = torch.zeros(24, 64, dtype=BF16)
+    kept, order = sparse24_gemm.fetchable(weight.t())
+    assert (kept.data_ptr(), order) == (weight.data_ptr(), "k")
+    kept, order = sparse24_gemm.fetchable(weight)
+    assert (kept.data_ptr(), order) == (weight.data_ptr(), "n")
+
+
+def test_an_unaligned_weight_is_copied() -> None:
+    weight = torch.zeros(24 * 64 + 1, dtype=BF16)[1:].view(24, 64)
+    copy, _ = sparse24_gemm.fetchable(weight.t())
+    assert copy.data_ptr() != weight.data_ptr()
+    assert copy.data_ptr() % 16 == 0
+
+
+REFUSALS = [
+    (torch.float32, torch.float32, (8, 8, 8), "no sparse tensor core multiplies"),
+    (BF16, torch.float64, (8, 8, 8), "the kernel does not store torch.float64"),
+    (BF16, BF16, (8, 0, 8), "the product is empty"),
+    (INT8, BF16, (2**31, 8, 8), "a size is over 2147483647"),
+    (INT8, torch.float16, (2**31 - 1, 8, 8), None),
+    (BF16, torch.float32, (8,), None),
+]
+
+
+@pytest.mark.parametrize("dtype, out, sizes, reason", REFUSALS)
+def test_refusals(
+    dtype: torch.dtype,
+    out: torch.dtype,
+    sizes: tuple[int, ...],
+    reason: str | None,
+) -> None:
+    refusal = sparse24_gemm.size_refusal(dtype, out, sizes)
+    if reason is None:
+        assert refusal is None
+    else:
+        assert reason in str(refusal)
+
+
+@pytest.mark.parametrize("tma_store", [False, True])
+def test_the_arguments_of_the_plain_kernel(tma_store: bool) -> None:
+    kernel = sparse24_gemm.plain_kernel(
+        torch.float8_e4m3fn,
+        BF16,
+        sparse24_kernel.configs(torch.float8_e4m3fn)[0],
+        "k",
+        tma_store=tma_store,
+        has_row_scale=True,
+        has_col_scale=False,
+    )
+    maps = ("map",) * (2 + tma_store)
+    out = () if tma_store else ("pointer",)
+    sizes = ("int32",) * 3
+    assert kernel.signature == (*maps, "pointer", "pointer", *sizes, *out)
+    assert kernel.maps[1].transposed
+    assert "(u64)m_block * k_blocks" in kernel.source  # beyond 2^31 words
+    assert ("out[m * N + n]" in kernel.source) is not tma_store
