@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -29,8 +30,11 @@ class RowFileError(SparseError, ValueError):
 
 
 def machine(device: str) -> Row:
-    """The fields every row carries about where and from what it was made."""
-    return {
+    """The fields every row carries about where and from what it was made.
+
+    A GPU adds its compute capability and the versions of what generates code for it.
+    """
+    return (_gpu() if device == "cuda" else {}) | {
         "device": device,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
@@ -42,6 +46,17 @@ def machine(device: str) -> Row:
         "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(
             timespec="seconds"
         ),
+    }
+
+
+def _gpu() -> Row:
+    """What a row says about the current GPU beside its name."""
+    cusparselt = torch.backends.cusparselt
+    return {
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton"),
+        "cusparselt": cusparselt.version() if cusparselt.is_available() else None,
     }
 
 
