@@ -39,6 +39,8 @@ _READ_BYTES_PER_US = 4.3e6
 """Weights read once: 4.3 TB/s of 4.8, by either kernel."""
 _PACK_BYTES_PER_US = 3.6e6
 """Reading and writing in equal parts."""
+_ROW_RATE = {1: 1.0, 2: 0.6, 4: 0.36, GLU_MAX_TOKENS: 0.24}
+"""Rate of reading rows that so many tokens share, against that of one token."""
 _DENSE_FIXED_US = 2.0
 _DECODE_FIXED_US = 7.0
 """Finding the active neurons, and adding up what each block has summed."""
@@ -69,7 +71,9 @@ def decode_gain(M: int, K: int, N: int, dtype: str, density: float | None) -> fl
     weight_us = K * N * itemsize / _READ_BYTES_PER_US
     activation_us = 2 * M * (K + N) * itemsize / _READ_BYTES_PER_US
     dense_us = _DENSE_FIXED_US + weight_us
-    skipping_us = _DECODE_FIXED_US + activation_us + weight_us * union_density(known, M)
+    shared_by = next((most for most in DECODE_TOKENS if most >= M), GLU_MAX_TOKENS)
+    rows_us = weight_us * union_density(known, M) / _ROW_RATE[shared_by]
+    skipping_us = _DECODE_FIXED_US + activation_us + rows_us
     return round(dense_us / skipping_us, 2)
 
 

@@ -1,4 +1,4 @@
-"""Memory that outlives a CUDA graph, asked for while one is warmed up or captured.
+"""Memory that outlives a CUDA graph, asked for while one is warmed up.
 
 Inductor runs a graph for the first time inside the memory pool of the graph itself, and
 takes back what it does not know.  The pool holds for one thread: another one gets
@@ -20,25 +20,22 @@ def outside_graph_pools(device: torch.device, make: Callable[[], T]) -> T:
     """What ``make`` returns, its tensors on ``device`` in no pool of a CUDA graph.
 
     Work of ``make`` comes after what the current stream has been given so far, and
-    before what it is given next.  What ``make`` raises is raised here.
+    before what it is given next.  What ``make`` raises is raised here.  Not while a
+    graph is being captured: a captured stream waits for nothing outside.
     """
     if device.type != "cuda":
         return make()
-    capturing = torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device)
-    before = None if capturing else stream.record_event()
+    before = stream.record_event()
     made: list[Any] = []
 
     def run() -> None:
         try:
             with torch.cuda.device(device), torch.no_grad():
                 own = torch.cuda.current_stream(device)
-                if before is not None:
-                    own.wait_event(before)
+                own.wait_event(before)
                 made.append(make())
                 made.append(own.record_event())
-                if capturing:  # a captured stream cannot wait for work outside
-                    own.synchronize()
         except BaseException as error:
             made[:] = [error]
 
@@ -47,6 +44,5 @@ def outside_graph_pools(device: torch.device, make: Callable[[], T]) -> T:
     thread.join()
     if len(made) == 1:
         raise made[0]
-    if not capturing:
-        stream.wait_event(made[1])
+    stream.wait_event(made[1])
     return made[0]

@@ -172,6 +172,9 @@ def _fetch(
     entry = _entries.get(key)
     if entry is not None and entry.is_right(weight):
         return entry.copies
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Nobody has warmed this graph up: it makes a copy of its own at every replay.
+        return key.make(weight)
     return refresh(key, weight.detach()).copies
 
 

@@ -80,23 +80,33 @@ def test_replayed_graphs_see_a_changed_weight() -> None:
 
 def test_memory_is_in_no_pool_of_a_graph() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        inside = torch.full((1 << 20,), 3.0, device=device)
+        kept = outside_graph_pools(device, lambda: inside * 2)
+    assert float(kept.sum()) == 6 * (1 << 20)
+
+    def pool_of(tensor: Tensor) -> set[tuple[int, int]]:
+        return {
+            segment["segment_pool_id"]
+            for segment in torch.cuda.memory_snapshot()
+            if 0 <= tensor.data_ptr() - segment["address"] < segment["total_size"]
+        }
+
+    assert pool_of(inside) == {pool.id}
+    assert pool_of(kept) == {(0, 0)}
+
+
+def test_a_graph_that_nobody_warmed_up_copies_by_itself() -> None:
+    weight = parameter()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = outside_graph_pools(
-            device, lambda: torch.full((1 << 20,), 3.0, device=device)
-        )
-        inside = kept * 2
-    graph.replay()
-    assert float(inside.sum()) == 6 * (1 << 20)
-    segments = torch.cuda.memory_snapshot()
-    pools = {
-        segment["segment_pool_id"]
-        for segment in segments
-        if segment["address"]
-        <= kept.data_ptr()
-        < segment["address"] + segment["total_size"]
-    }
-    assert pools == {(0, 0)}
+        copy = ROW_MAJOR(weight, [512, 256], [1, 512], 0, torch.bfloat16)
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(copy, weight.t())
+        weight.add_(1)
+    assert prepared_weights.nbytes() == 0
 
 
 @torch.no_grad()

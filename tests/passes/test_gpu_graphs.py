@@ -14,9 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from tracing import calls, rewrite, trace
 
+from inductor_sparse import profitability
 from inductor_sparse.decisions import GraphDecisions, Reason, Status
 
 K, N = 16384, 4096
+FEW = profitability.cuda.decode_max_tokens(K, N, "bfloat16", None)
+MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16")
 
 
 def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -193,7 +196,11 @@ def symbolic(M: int) -> tuple[GraphDecisions, ShapeEnv]:
 
 @pytest.mark.parametrize(
     ("M", "op", "guard"),
-    [(4, "activation_spmm", "<= 8"), (100, "", "> 8"), (2100, "sparse24_mm", "2048")],
+    [
+        (2, "activation_spmm", f"<= {FEW}"),
+        (100, "", f"> {FEW}"),
+        (8200, "sparse24_mm", f"{MANY}"),
+    ],
 )
 def test_symbolic_tokens_are_guarded(M: int, op: str, guard: str) -> None:
     record, env = symbolic(M)

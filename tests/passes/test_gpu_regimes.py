@@ -16,6 +16,11 @@ from inductor_sparse.decisions import Decision, Reason, Status, Tier
 from inductor_sparse.plan import Plan, SitePlan
 
 K, N = 16384, 4096
+FEW = profitability.cuda.decode_max_tokens(K, N, "bfloat16", None)
+MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16")
+LIMITS = (
+    f"for this shape skipping zeros wins up to {FEW} tokens, 2:4 from {MANY} tokens on"
+)
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -80,7 +85,7 @@ def test_many_tokens_are_packed(
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_a_few_tokens_skip_zeros(dtype: torch.dtype) -> None:
-    gm, decision = run(M=4, dtype=dtype)
+    gm, decision = run(M=FEW, dtype=dtype)
     assert (decision.status, decision.op) == (Status.APPLIED, "activation_spmm")
     assert decision.tier is Tier.EXACT
     assert decision.weight_copy_bytes == K * N * dtype.itemsize
@@ -90,10 +95,7 @@ def test_a_few_tokens_skip_zeros(dtype: torch.dtype) -> None:
 def test_between_the_two_is_dense() -> None:
     gm, decision = run(M=64)
     assert decision.reason is Reason.NOT_PROFITABLE
-    assert decision.detail == (
-        "with 64 tokens the dense product wins; for this shape skipping zeros wins up "
-        "to 8 tokens, 2:4 from 2048 tokens on"
-    )
+    assert decision.detail == f"with 64 tokens the dense product wins; {LIMITS}"
     assert decision.expected_gain is None
     assert len(calls(gm, "mm")) == 1
 
@@ -106,9 +108,7 @@ def test_a_number_of_tokens_that_fills_the_gpu_is_packed_earlier() -> None:
 
 def test_an_applied_site_names_its_limits() -> None:
     _, decision = run()
-    assert decision.detail == (
-        "for this shape skipping zeros wins up to 8 tokens, 2:4 from 2048 tokens on"
-    )
+    assert decision.detail == LIMITS
 
 
 def test_exact_turns_packing_off() -> None:
@@ -197,10 +197,13 @@ def test_planned_loss() -> None:
 
 
 def test_planned_density_moves_the_limit() -> None:
-    assert run(M=8, plan=plan(0.02, 0))[1].op == "activation_spmm"
-    _, decision = run(M=8, plan=plan(0.5, 0))
+    limit = profitability.cuda.decode_max_tokens
+    sparse, dense = (limit(K, N, "bfloat16", density) for density in (0.02, 0.5))
+    assert sparse > dense > 0
+    assert run(M=sparse, plan=plan(0.02, 0))[1].op == "activation_spmm"
+    _, decision = run(M=sparse, plan=plan(0.5, 0))
     assert decision.reason is Reason.NOT_PROFITABLE
-    assert "skipping zeros wins up to 2 tokens" in decision.detail
+    assert f"skipping zeros wins up to {dense} tokens" in decision.detail
     _, decision = run(plan=plan(0.7, 0))
     assert decision.reason is Reason.TOO_DENSE
 
