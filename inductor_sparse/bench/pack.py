@@ -27,7 +27,13 @@ from inductor_sparse.bench.timing import Evictor, interleave
 
 Report = Callable[[str], object]
 Operation = Callable[[Tensor], tuple[Tensor, ...]]
-GPU_OPS = ("sparsify24", "sparsify24_fp8", "quantize_rows_fp8", "relu2")
+GPU_OPS = (
+    "sparsify24",
+    "sparsify24_energy",
+    "sparsify24_fp8",
+    "quantize_rows_fp8",
+    "relu2",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +158,15 @@ def _sparsify24(z_MK: Tensor) -> tuple[Tensor, ...]:
     return tuple(_ops().sparsify24(z_MK, "relu2", "largest"))
 
 
+def _sparsify24_energy(z_MK: Tensor) -> tuple[Tensor, ...]:
+    """The same, adding up what is kept and what there was."""
+    ops = _ops()
+    energy = ops.site_energy(z_MK, "bench pack")
+    return tuple(ops.sparsify24(z_MK, "relu2", "largest", energy))
+
+
 def _sparsify24_fp8(z_MK: Tensor) -> tuple[Tensor, ...]:
-    """The same in e4m3, with a scale per row."""
+    """2:4 in e4m3, with a scale per row."""
     op = _ops().sparsify24_quantized
     return tuple(op(z_MK, "relu2", "largest", torch.float8_e4m3fn))
 
@@ -178,6 +191,7 @@ def _ops() -> torch._ops._OpNamespace:
 _OPERATIONS: dict[str, Operation] = {
     "row_major_weight": _row_major_weight,
     "sparsify24": _sparsify24,
+    "sparsify24_energy": _sparsify24_energy,
     "sparsify24_fp8": _sparsify24_fp8,
     "quantize_rows_fp8": _quantize_rows_fp8,
     "relu2": _relu2,
