@@ -26,25 +26,31 @@ from inductor_sparse.lowerings import activation_spmm_cuda, glu_spmm_cuda
 _SPMM = '''
 @triton.jit
 def spmm(
-    Z, W, Y, LIST, PARTIALS, TICKETS, M, K, N, stride_zm, stride_zk,
+    Z, W, PARTIALS, LIST, M, K, N, stride_zm, stride_zk,
     ACTIVATION: tl.constexpr, DOT_DTYPE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     m = tl.program_id(2) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
-    share = tl.cdiv(tl.cdiv(tl.cdiv(K, 16), SPLITS) * 16, LOCAL) * LOCAL
-    LIST += (tl.program_id(2) * SPLITS + split) * share
-    TICKETS += tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    acc = share_of_split(
+    LIST += tl.program_id(2) * SPLITS * share_of_list(K, SPLITS, LOCAL)
+    sums = sums_of_share(
         Z, W, LIST, split, m, n, M, N, K, stride_zm, stride_zk, N,
         ACTIVATION, SPLITS, LOCAL, BM, BN, ROWS, STAGES, DOT_DTYPE,
     )
-    if hand_in(acc, PARTIALS, TICKETS, split, m, n, M, N, SPLITS):
-        total = sum_of_splits(PARTIALS, m, n, M, N, SPLITS, BM, BN, AT_ONCE)
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(Y + m[:, None] * N + n[None, :], total, mask=inside)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(PARTIALS + (split * M + m)[:, None] * N + n[None, :], sums, mask=inside)
+
+
+@triton.jit
+def total(
+    PARTIALS, Y, M, N, SPLITS: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    row = tl.program_id(1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    y = sum_of_splits(PARTIALS, row, n, M, N, SPLITS, BN, AT_ONCE)
+    tl.store(Y + row * N + n, y, mask=n < N)
 '''
 
 _UP = '''
@@ -80,27 +86,27 @@ def module(folder: Path) -> types.ModuleType:
 
 def run_spmm(
     folder: Path, z: Tensor, w: Tensor, activation: str, **tile: int
-) -> tuple[Tensor, bool]:
-    """``act(z) @ w`` in float32, and whether every ticket is zero again."""
+) -> Tensor:
+    """``act(z) @ w`` in float32."""
     import triton.language as tl
 
     (M, K), N = z.shape, w.shape[1]
     made = activation_spmm_cuda.Tile(**{**_SMALL, **tile})
-    blocks, tiles = -(-M // made.BM), -(-N // made.BN)
-    share = -(-K // (16 * made.SPLITS)) * 16
-    share = -(-share // made.LOCAL) * made.LOCAL
-    listed = torch.full((blocks * made.SPLITS * share,), -1, dtype=torch.int32)
+    blocks, columns = -(-M // made.BM), -(-N // made.BN)
+    listed = torch.full((blocks * (K + 64 * made.SPLITS * made.LOCAL),), -1)
     partials = torch.full((made.SPLITS, M, N), torch.nan)
-    tickets = torch.zeros(blocks * tiles, dtype=torch.int32)
     y = torch.full((M, N), torch.nan)
-    kernels(folder).spmm[(tiles, made.SPLITS, blocks)](
-        *(z, w, y, listed, partials, tickets, M, K, N, *z.stride()),
+    kernels(folder).spmm[(columns, made.SPLITS, blocks)](
+        *(z, w, partials, listed.int(), M, K, N, *z.stride()),
         ACTIVATION=activation,
         # Numpy multiplies no bfloat16; products of them are exact in float32.
         DOT_DTYPE=tl.float32,
         **{k: v for k, v in vars(made).items() if k != "num_warps"},
     )
-    return y, not tickets.any()
+    kernels(folder).total[(columns, M, 1)](
+        partials, y, M, N, SPLITS=made.SPLITS, BN=made.BN, AT_ONCE=2
+    )
+    return y
 
 
 def run_up(
@@ -128,7 +134,6 @@ _SMALL = {
     "LOCAL": 32,
     "ROWS": 16,
     "STAGES": 1,
-    "AT_ONCE": 2,
     "num_warps": 1,
 }
 _SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}

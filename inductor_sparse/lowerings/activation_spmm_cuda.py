@@ -1,8 +1,10 @@
-"""``activation_spmm`` of few tokens on a GPU: one Triton kernel with its epilogue.
+"""``activation_spmm`` of few tokens on a GPU: two Triton kernels.
 
 The rows of ``w`` are dealt to so many programs that every multiprocessor has some to
-read, whatever the density; the last program of a tile adds up what all have summed.
-Nothing depends on the data but how many rows are read, so graphs can be captured.
+read, whatever the density.  What each of them has summed is added up, always in the
+same order, by a second kernel, which also does what Inductor fuses behind the product:
+that is faster than letting the last program of a tile do it.  Nothing depends on the
+data but how many rows are read, so graphs can be captured.
 
 Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` outputs.
 """
@@ -10,14 +12,12 @@ Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` outputs
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.graph import GraphLowering
-from torch._inductor.lowering import empty_strided, lowerings
+from torch._inductor.lowering import empty_strided
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -32,9 +32,6 @@ from inductor_sparse.lowerings import common
 
 MAX_BLOCK_M = 16
 """Tokens of a program; more of them are the business of more programs."""
-
-SHARED_TICKETS = 4096
-"""Tiles of one product up to which it uses the tickets of its graph."""
 
 DOT_DTYPES = {
     torch.bfloat16: "tl.bfloat16",
@@ -54,7 +51,6 @@ class Tile:
     LOCAL: int
     ROWS: int
     STAGES: int
-    AT_ONCE: int
     num_warps: int
 
 
@@ -76,9 +72,8 @@ def choose_tile(
         processors: multiprocessors of the GPU.
     """
     block = MAX_BLOCK_M if tokens is None else min(MAX_BLOCK_M, power_of_2(tokens))
-    columns = 256 if block == 1 else 128
-    if dtype.itemsize == 4:
-        columns //= 2
+    columns = (1024 if block == 1 else 128) * 2 // dtype.itemsize
+    columns = max(32, min(columns, power_of_2(N)))
     tiles = -(-N // columns) * (1 if tokens is None else -(-tokens // block))
     splits = max(1, min(-(-K // 16), 4 * processors // tiles))
     share = -(-K // (16 * splits)) * 16
@@ -87,18 +82,30 @@ def choose_tile(
         BN=columns,
         SPLITS=splits,
         LOCAL=max(16, min(power_of_2(share), 2048 // block)),
-        ROWS=16 if block == 1 else 32,
+        ROWS=8 if block == 1 else 32,
         STAGES=1,
-        AT_ONCE=max(1, min(power_of_2(splits), 16 // block)),
         num_warps=4,
     )
 
 
+SUM_COLUMNS = 32
+"""Columns of a program of the second kernel, for one row."""
+
+MAX_AT_ONCE = 128
+"""Splits of which the second kernel loads the sums together."""
+
+
 @SymbolicGridFn
-def _grid(*size: Any, cdiv: Any) -> tuple[Any, Any, Any]:
+def _grid(splits: Any, *size: Any, cdiv: Any) -> tuple[Any, ...]:
     *batch, m, n, meta = size
     blocks = cdiv(m, meta["BM"])
-    return (cdiv(n, meta["BN"]), meta["SPLITS"], blocks * (batch[0] if batch else 1))
+    return (cdiv(n, meta["BN"]), splits, blocks * (batch[0] if batch else 1))
+
+
+@SymbolicGridFn
+def _sum_grid(*size: Any, cdiv: Any) -> tuple[Any, ...]:
+    *batch, m, n, meta = size
+    return (cdiv(n, meta["BN"]), m * (batch[0] if batch else 1), 1)
 
 
 def text(name: str, *helpers: str) -> str:
@@ -109,13 +116,19 @@ def text(name: str, *helpers: str) -> str:
 
 def helper_text() -> str:
     """The functions of the kernel: plain Triton, nothing of Inductor in it."""
-    return text("activation_spmm_helpers")
+    return text("activation_spmm_helpers", "activation_spmm_sum_helpers")
 
 
 TEMPLATE = TritonTemplate(
     name="activation_spmm",
     grid=_grid,
     source=text("activation_spmm", "activation_spmm_helpers"),
+)
+
+SUM_TEMPLATE = TritonTemplate(
+    name="activation_spmm_sum",
+    grid=_sum_grid,
+    source=text("activation_spmm_sum", "activation_spmm_sum_helpers"),
 )
 
 
@@ -144,25 +157,32 @@ def product(z: ir.TensorBox, w: ir.TensorBox, activation: str) -> ir.TensorBox:
     tile = choose_tile(
         static_size(M), size_hint(K), size_hint(N), dtype, processors(device)
     )
-    blocks = CeilDiv(M, tile.BM) * sympy.prod(batch)
     share = CeilDiv(CeilDiv(CeilDiv(K, 16), tile.SPLITS) * 16, tile.LOCAL) * tile.LOCAL
-    scratch = [
-        _scratch(blocks * tile.SPLITS * share, torch.int32, device),
-        _scratch(sympy.prod(batch) * tile.SPLITS * M * N, torch.float32, device),
-        _tickets(blocks * CeilDiv(N, tile.BN), device),
-    ]
-    inputs = [z, w, *scratch]
-    layout = ir.FixedLayout(device, dtype, [*batch, M, N])
-    return choose(
+    count = sympy.prod(batch) * CeilDiv(M, tile.BM) * tile.SPLITS * share
+    scratch = empty_strided([count], [1], dtype=torch.int32, device=device)
+    inputs = [*realize_inputs(z, w, scratch)]
+    size = [tile.SPLITS, *batch, M, N]
+    partials = choose(
         TEMPLATE,
         inputs,
-        layout,
-        mutated_inputs=scratch,
+        ir.FixedLayout(device, torch.float32, size),
+        mutated_inputs=inputs[2:],
         BATCHED=bool(batch),
         ACTIVATION=repr(activation),
         DOT_DTYPE=DOT_DTYPES[dtype],
-        num_stages=max(1, tile.STAGES),
+        num_stages=tile.STAGES,
         **dataclasses.asdict(tile),
+    )
+    return choose(
+        SUM_TEMPLATE,
+        [realize_inputs(partials)],
+        ir.FixedLayout(device, dtype, [*batch, M, N]),
+        BATCHED=bool(batch),
+        SPLITS=tile.SPLITS,
+        BN=SUM_COLUMNS,
+        AT_ONCE=min(MAX_AT_ONCE, power_of_2(tile.SPLITS)),
+        num_stages=1,
+        num_warps=4,
     )
 
 
@@ -200,27 +220,3 @@ def size_hint(size: Any) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors (compute units) of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _scratch(count: Any, dtype: torch.dtype, device: torch.device) -> ir.IRNode:
-    return realize_inputs(empty_strided([count], [1], dtype=dtype, device=device))
-
-
-def _zeros(count: Any, device: torch.device) -> ir.IRNode:
-    full = lowerings[common.aten.full.default]
-    return realize_inputs(full([count], 0, dtype=torch.int32, device=device))
-
-
-_tickets_of_graph: weakref.WeakKeyDictionary[GraphLowering, dict[Any, ir.IRNode]]
-_tickets_of_graph = weakref.WeakKeyDictionary()
-
-
-def _tickets(count: Any, device: torch.device) -> ir.IRNode:
-    """Zeros that every kernel leaves zero: one buffer for the products of a graph."""
-    number = static_size(count)
-    if number is None or number > SHARED_TICKETS:
-        return _zeros(count, device)
-    shared = _tickets_of_graph.setdefault(V.graph, {})
-    if device not in shared:
-        shared[device] = _zeros(SHARED_TICKETS, device)
-    return shared[device]
