@@ -1,0 +1,83 @@
+"""The benchmarks on a GPU: every kind gives rows that agree with themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from inductor_sparse import cli
+from inductor_sparse.bench import ceilings, pack, timing, variants
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ceilings that take no time; no compiled graph left behind."""
+    monkeypatch.setitem(ceilings.SQUARE, "cuda", 1024)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cuda", 2**26)
+    ceilings.measure.cache_clear()
+    yield
+    ceilings.measure.cache_clear()
+    variants.release()
+
+
+def rows(tmp_path: Path, *argv: str) -> list[dict[str, Any]]:
+    """The rows that ``bench`` writes."""
+    path = tmp_path / "rows.jsonl"
+    argv = (*argv, "--device", "cuda", "--seconds", "0.05", "--json", str(path))
+    assert cli.main(["bench", *argv]) == cli.OK
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_products(dtype: str, tmp_path: Path) -> None:
+    size = ("--size", "1024x2048", "--tokens", "1024", "--dtype", dtype, "--quick")
+    (row,) = rows(tmp_path, "gemm", *size)
+    ours = row["variants"]["sparse24_mm"]
+    assert "sparse24_mm" in ours["note"]
+    assert ours["max_rel_err"] < 0.02
+    assert row["unavailable"]["torch.compile"] == "left out by --quick"
+    assert row["dense_us"] == row["variants"][row["baseline"]]["us"]
+
+
+def test_packing(tmp_path: Path) -> None:
+    size = ("--size", "512x2048", "--tokens", "512", "--dtype", "bfloat16")
+    found = {row["op"]: row for row in rows(tmp_path, "pack", *size)}
+    assert set(found) == set(pack.GPU_OPS)
+    assert all(row["gb_per_s"] > 0 < row["of_copy"] for row in found.values())
+
+
+def test_decoding_has_its_rivals(tmp_path: Path) -> None:
+    size = ("--size", "1024x4096", "--tokens", "1", "--dtype", "bfloat16")
+    argv = (*size, "--op", "down", "--density", "0.1", "--settings", "default")
+    (row,) = rows(tmp_path, "ffn", *argv)
+    assert row["cache"] == "evicted"
+    assert 0 < row["empty_us"] < row["dense_us"]
+    assert row["masked_load_us"] > row["empty_us"]
+    assert row["union_density"] == pytest.approx(0.1, abs=0.03)
+    assert row["max_rel_err"] < 0.02
+
+
+def test_a_graph_measures_the_device_alone() -> None:
+    x = torch.zeros(1, device="cuda")
+    times = timing.interleave({"add": lambda _: x.add_(1)}, seconds=0, device="cuda")
+    assert 0.1 < min(times["add"]) <= max(times["add"]) < 100
+
+
+def test_eviction_costs_what_memory_costs() -> None:
+    weight = torch.zeros(2**20, device="cuda")
+    call = {"sum": lambda _: weight.sum()}
+    evict = timing.Evictor(weight.nbytes, "cuda")
+    assert evict.mode == "evicted"
+    cold = timing.interleave(call, seconds=0.1, device="cuda", before=evict.before)
+    warm = timing.interleave(call, seconds=0.1, device="cuda", before=lambda: None)
+    assert min(cold["sum"]) > min(warm["sum"])
