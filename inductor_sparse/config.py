@@ -23,7 +23,6 @@ weight_copies: bool = True
 max_density: float = 0.6
 max_dropped_energy: float = 0.01
 quantize: str = "none"
-predicted_scales: bool = False
 allow_unverified: bool = False
 adaptive: bool = True
 
@@ -65,11 +64,6 @@ HELP: dict[str, str] = {
         "Run both matmuls of a ReLU² or ReLU FFN in 8 bits where a device has kernels "
         "for it, each row of weights and activations with its own scale; weights are "
         "quantized once."
-    ),
-    "predicted_scales": (
-        "Let a quantizing kernel take the scale of a row from the norm of its input "
-        "instead of from the row itself, which saves reading the row again; values "
-        "beyond the scale saturate."
     ),
     "allow_unverified": (
         "Use kernels that never ran on this kind of device; without it such sites stay "

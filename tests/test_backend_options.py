@@ -39,7 +39,7 @@ def test_ours_lose_the_prefix_and_inductors_are_passed_on() -> None:
         ("sparse.quantize", "fp16", "the nearest is 'fp8'"),
         ("sparse.max_dropped_energy", "1%", "takes float, got str"),
         ("sparse.allow_unverified", 1, "takes bool, got int 1"),
-        ("sparse.predicted_scale", True, 'did you mean "sparse.predicted_scales"'),
+        ("sparse.unverified", True, 'did you mean "sparse.allow_unverified"'),
     ],
 )
 def test_a_bad_option_names_the_nearest_good_one(
