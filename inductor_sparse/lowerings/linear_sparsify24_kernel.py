@@ -61,9 +61,10 @@ class TileConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of dynamic shared memory: ring, packing, barriers, alignment."""
+        """Bytes of dynamic shared memory: ring, packing, bias, barriers, alignment."""
         ring = self.stages * (self.block_m + self.block_k) * 128
-        return ring + 4 * self.consumers * _PACK_BYTES + 16 * self.stages + 1024
+        consumer = 4 * _PACK_BYTES + self.block_k * 2
+        return ring + self.consumers * consumer + 16 * self.stages + 1024
 
     def __str__(self) -> str:
         """As in ``128x256 cluster 2 stages 4``."""

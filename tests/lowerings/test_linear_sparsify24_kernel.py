@@ -135,7 +135,7 @@ def test_another_gpu_is_refused() -> None:
 def test_the_shared_memory_it_asks_for_is_what_the_text_uses(tmp_path: Path) -> None:
     tile = PLAIN
     limit = f"<= {hopper.SHARED_BYTES}, "
-    source = hopper.kernel_source("k", torch.bfloat16, tile)
+    source = hopper.kernel_source("k", torch.bfloat16, tile, has_bias=True)
     assert source.count(limit) == 1
     compile_cuda(source.replace(limit, f"<= {tile.shared_bytes}, "), tmp_path)
     with pytest.raises(AssertionError, match="shared memory"):
