@@ -53,7 +53,8 @@ extern "C" __global__ void small_mm(
   for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < pairs;
        at += step) {{
     const long long m = at / ((N + 1) / 2), n = at % ((N + 1) / 2) * 2;
-    const bool ok0 = true, ok1 = n + 1 < N;
+    [[maybe_unused]] const bool ok0 = true;
+    [[maybe_unused]] const bool ok1 = n + 1 < N;
     float acc0 = 0.0f, acc1 = 0.0f;
     for (long long k = 0; k < K; k++) {{
       const float left = epilogue::decode(a[m * K + k]);
@@ -76,7 +77,7 @@ def _render(a: ir.IRNode, b: ir.IRNode, epilogue: PrintedEpilogue) -> CudaLaunch
         primary_param = f", {kind}* primary"
         primary_store = (
             "epilogue::store2(primary, m * N + n, (float)"
-            f"{epilogue.primary0}, (float){epilogue.primary1}, ok0, ok1);"
+            f"{epilogue.primary0}, (float){epilogue.primary1}, ok1);"
         )
         arguments.append(epilogue.primary_buffer)
         signature.append("pointer")

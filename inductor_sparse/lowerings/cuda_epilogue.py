@@ -210,7 +210,7 @@ class EpiloguePrinter:
         index = stored.location.index
         if self._adjacent(name, index):
             at = self.index_text(index)
-            return f"epilogue::store2({pointer}, {at}, {left}, {right}, ok0, ok1);"
+            return f"epilogue::store2({pointer}, {at}, {left}, {right}, ok1);"
         at0, at1 = self.index_text(index), self.index_text(where.next_column(index))
         return (
             f"epilogue::store({pointer}, {at0}, {left}, ok0);\n"
@@ -222,7 +222,9 @@ class EpiloguePrinter:
         aligned = name not in V.graph.unaligned_buffers and not isinstance(
             layout, ir.NonOwningLayout
         )
-        return aligned and where.adjacent(index)
+        # With odd N a row may end between the two.
+        even = V.graph.sizevars.statically_known_multiple_of(self.space.N, 2)
+        return aligned and even and where.adjacent(index)
 
     def index_text(self, index: sympy.Expr) -> str:
         """C++ of an index in ``m``, ``n`` and sizes, which become parameters."""
@@ -241,7 +243,7 @@ class EpiloguePrinter:
             value = self.ops.define(declared, f"epilogue::load({pointer}, {at0}, ok0)")
             return Pair(value, value, compute)
         if self._adjacent(name, index):
-            call = f"epilogue::load2({pointer}, {at0}, ok0, ok1)"
+            call = f"epilogue::load2({pointer}, {at0}, ok1)"
             both = self.ops.define(f"epilogue::Two<{declared}>", call)
             return Pair(f"{both}.left", f"{both}.right", compute)
         at1 = self.index_text(where.next_column(index))

@@ -43,8 +43,7 @@ def _cpu_tests() -> Any:
 
 def compiled(fn: Function, **options: Any) -> Function:
     torch._dynamo.reset()
-    fusion = {**_compat.epilogue_fusion_options(), "force_disable_caches": True}
-    return torch.compile(fn, options=fusion, **options)
+    return torch.compile(fn, options=_compat.epilogue_fusion_options(), **options)
 
 
 def check(fn: Function, *inputs: Tensor, kernels: int = 1, **options: Any) -> None:
@@ -160,9 +159,8 @@ def test_in_a_cuda_graph() -> None:
     def fn(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
         return (mm(a, b) + bias).relu() * 2
 
-    graphed = {"triton.cudagraphs": True, "force_disable_caches": True}
     torch._dynamo.reset()
-    run = torch.compile(fn, options=graphed)
+    run = torch.compile(fn, options={"triton.cudagraphs": True})
     for seed in range(4):
         torch.manual_seed(seed)
         a, b, bias = (torch.randn(s, device="cuda") for s in ((64, 24), (24, 48), 48))

@@ -122,35 +122,28 @@ template <typename T>
 __device__ __forceinline__ T minimum(T x, T y) { return x < y ? x : y; }
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// Outside the output nothing is loaded; the value is 0.
+// Outside the output element 0 is loaded instead: a branch would keep each load from
+// starting before the one ahead of it is back.
 template <typename T>
 __device__ __forceinline__ auto load(const T* p, long long at, bool ok) -> decltype(decode(*p)) {
-  return ok ? decode(p[at]) : decltype(decode(*p))(0);
+  return decode(p[ok ? at : 0]);
 }
 template <typename T>
-__device__ __forceinline__ auto load2(const T* p, long long at, bool ok0, bool ok1)
+__device__ __forceinline__ auto load2(const T* p, long long at, bool ok)
     -> Two<decltype(decode(*p))> {
-  if (ok1) {
-    const Adjacent<T> both = *reinterpret_cast<const Adjacent<T>*>(p + at);
-    return {decode(both.left), decode(both.right)};
-  }
-  return {load(p, at, ok0), decltype(decode(*p))(0)};
+  const Adjacent<T> both = *reinterpret_cast<const Adjacent<T>*>(p + (ok ? at : 0));
+  return {decode(both.left), decode(both.right)};
 }
 template <typename T, typename V>
 __device__ __forceinline__ void store(T* p, long long at, V value, bool ok) {
   if (ok) encode(p[at], value);
 }
 template <typename T, typename V>
-__device__ __forceinline__ void store2(
-    T* p, long long at, V left, V right, bool ok0, bool ok1) {
-  if (ok1) {
-    Adjacent<T> both;
-    encode(both.left, left);
-    encode(both.right, right);
-    *reinterpret_cast<Adjacent<T>*>(p + at) = both;
-  } else {
-    store(p, at, left, ok0);
-  }
+__device__ __forceinline__ void store2(T* p, long long at, V left, V right, bool ok) {
+  Adjacent<T> both;
+  encode(both.left, left);
+  encode(both.right, right);
+  if (ok) *reinterpret_cast<Adjacent<T>*>(p + at) = both;
 }
 
 }  // namespace epilogue
