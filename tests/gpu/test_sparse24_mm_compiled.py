@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
     # Of Inductor itself, while it makes inputs for autotuning.
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    # Likewise, while it reserves a pool for CUDA graphs.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
