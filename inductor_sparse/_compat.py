@@ -106,6 +106,13 @@ def is_tracing() -> bool:
     return bool(getattr(logger, "handlers", None))
 
 
+def is_packaging() -> bool:
+    """Whether what is compiled is for AOTInductor, and will run without Python."""
+    from torch._inductor.virtualized import V
+
+    return V.aot_compilation is True
+
+
 def aot_graph_name() -> str:
     """The name Inductor's own dumps give the graph being compiled, or ``"graph"``."""
     context = torch._guards.TracingContext.try_get()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from inductor_sparse import profitability
+from inductor_sparse._compat import is_packaging
 from inductor_sparse.decisions import Reason
 from inductor_sparse.passes.fx_utils import VIEWS, is_call, tensor_of
 from inductor_sparse.passes.sites import MATMULS, Rejection, Site
@@ -50,15 +51,21 @@ def batch_obstacle(site: Site) -> Rejection | None:
     return Rejection(Reason.NO_KERNEL_YET, "a batch of matrices has no GPU kernel yet")
 
 
-def training_obstacle(context: PassContext) -> Rejection | None:
-    """Why nothing is packed in a graph with a backward, or None for one without."""
-    if not context.is_training:
-        return None
-    return Rejection(
-        Reason.TRAINING_GRAPH,
-        "the graph has a backward, and 2:4 drops values: the model would learn "
-        "something else; call it under torch.no_grad() for inference",
-    )
+def graph_obstacle(context: PassContext) -> Rejection | None:
+    """Why nothing is packed in a graph: it has a backward, or runs without Python."""
+    if context.is_training:
+        return Rejection(
+            Reason.TRAINING_GRAPH,
+            "the graph has a backward, and 2:4 drops values: the model would learn "
+            "something else; call it under torch.no_grad() for inference",
+        )
+    if is_packaging():
+        return Rejection(
+            Reason.NO_KERNEL_YET,
+            "2:4 kernels are launched from Python, which an AOTInductor package has "
+            "none of",
+        )
+    return None
 
 
 def layout_obstacle(site: Site) -> Rejection | None:

@@ -17,10 +17,10 @@ from inductor_sparse.decisions import Decision, Reason
 from inductor_sparse.passes.choice import Choice, Regime
 from inductor_sparse.passes.gpu_obstacles import (
     batch_obstacle,
+    graph_obstacle,
     kernel_obstacle,
     layout_obstacle,
     replaces_activation,
-    training_obstacle,
 )
 from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
 from inductor_sparse.passes.sites import Rejection, Site
@@ -175,7 +175,7 @@ def _packing(
         why = f"{rule.name} does not know 2:4"
         return plain, Rejection(Reason.NO_KERNEL_YET, why)
     arch = context.architecture(site.matmul.meta["val"].device)
-    general = batch_obstacle(site) or training_obstacle(context)
+    general = batch_obstacle(site) or graph_obstacle(context)
     if context.option("quantize") != "none" and general is None:
         ffn = read_ffn(site, context)
         if isinstance(ffn, QuantizedFfn):

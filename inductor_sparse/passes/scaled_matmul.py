@@ -40,9 +40,9 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
 )
 from inductor_sparse.passes.gpu_obstacles import (
+    graph_obstacle,
     kernel_obstacle,
     layout_obstacle,
-    training_obstacle,
 )
 from inductor_sparse.passes.gpu_regimes import Packing, choose
 from inductor_sparse.passes.producers import Producer, find_producer
@@ -150,7 +150,7 @@ class ScaledMatmul(Rule):
         found = (
             too_dense(decision, context)
             or _look_alike(site)
-            or training_obstacle(context)
+            or graph_obstacle(context)
             or layout_obstacle(site)
         )
         if found is not None:

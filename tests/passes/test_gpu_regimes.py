@@ -215,6 +215,16 @@ def test_training_stays_dense() -> None:
     assert run(M=1, is_training=True)[1].op == "activation_spmm"
 
 
+def test_packages_run_without_python() -> None:
+    from torch._inductor.virtualized import V
+
+    with V.set_aot_compilation(True):
+        _, decision = run()
+        assert decision.reason is Reason.NO_KERNEL_YET
+        assert "AOTInductor" in decision.detail
+        assert run(M=1)[1].op == "activation_spmm"
+
+
 def test_thresholds_are_monotonic() -> None:
     limit = profitability.cuda.decode_max_tokens
     densities = (0.02, 0.1, 0.3, 0.9)
