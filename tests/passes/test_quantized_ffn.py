@@ -175,6 +175,17 @@ def test_a_cpu_has_nothing_to_do_with_it() -> None:
     assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
 
 
+class OnCpu(fx.Interpreter):
+    """Runs a graph for a GPU where torch's fp8 product knows no scales of rows."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not torch.ops.aten._scaled_mm.default:
+            return super().call_function(target, args, kwargs)
+        x, w, row, column, bias, _, dtype, _ = args
+        out = (x.float() * row) @ (w.float() * column)
+        return (out if bias is None else out + bias).to(dtype)
+
+
 @pytest.mark.parametrize("fn", [ffn, biased])
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])
 def test_the_arithmetic(
@@ -194,5 +205,5 @@ def test_the_arithmetic(
     args = [torch.randn(size).bfloat16() for size in sizes]
     args[1][1::2] = -args[1][::2]  # one of two neurons is silent: nothing is dropped
     exact = fn(*(arg.double() for arg in args))
-    error = (gm(*args).double() - exact).norm() / exact.norm()
+    error = (OnCpu(gm).run(*args).double() - exact).norm() / exact.norm()
     assert error < 0.08
