@@ -14,6 +14,9 @@ from inductor_sparse import decisions, profitability
 from inductor_sparse.decisions import Decision, Reason
 
 pytestmark = [
+    # Torch's own: its graph trees begin with one, and it advises against full float32.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.gpu,
     pytest.mark.sm90,
     pytest.mark.skipif(

@@ -12,6 +12,9 @@ from inductor_sparse.runtime import prepared_weights, watched_weights
 from inductor_sparse.runtime.graph_pools import outside_graph_pools
 
 pytestmark = [
+    # Torch's own: its graph trees begin with one, and it advises against full float32.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
