@@ -2,8 +2,9 @@
 
 ``python examples/generate.py`` takes the model of this folder, ``--config opt-tiny`` or
 ``nemotron-tiny`` random weights in the shapes of a ``transformers`` family, ``--model
-facebook/opt-125m`` a pretrained one.  Exits with 1 if no site is sparse, or if an exact
-sparse model writes another text than the dense one.
+facebook/opt-125m`` a pretrained one.  Exits with 1 if no site was found, or if an exact
+sparse model writes another text than the dense one.  A GPU needs wider models than
+``tiny`` to gain: there the table of sites says ``not-profitable``.
 """
 
 from __future__ import annotations
@@ -66,9 +67,8 @@ def main(*arguments: str) -> int:
     pairs = enumerate(zip(*texts, strict=True))
     place = next((i for i, (a, b) in pairs if a != b), None)
     print(f"\ngreedy text: {'the same' if place is None else f'DIFFERENT at {place}'}")
-    applied = any(one.reason is None for p in phases for one in sparse.sites[p])
     approximate = given.device == "cuda" and not given.exact
-    return 0 if applied and (place is None or approximate) else 1
+    return 0 if found and (place is None or approximate) else 1
 
 
 if __name__ == "__main__":

@@ -69,12 +69,10 @@ class FakeGenerator:
     """Stands for a generator that writes a given text."""
 
     texts: ClassVar[dict[str, list[int]]] = {}
-    reasons: ClassVar[list[Any]] = [None]
+    sites: ClassVar[list[str]] = ["ffn.down"]
 
     def __init__(self, lm: Any, backend: str, new: int, options: Any) -> None:
         self.text = self.texts[backend]
-        one = type("Decision", (), {"reason": None})
-        self.sites = {"prefill": [one] * len(self.reasons), "decode": []}
 
     def __call__(self) -> list[int]:
         return self.text
@@ -83,23 +81,22 @@ class FakeGenerator:
         return {"prefill": 10.0, "decode": 5.0}
 
     def table(self) -> dict[str, dict[str, str]]:
-        return {"ffn.down": {"prefill": "sparse24_mm"}}
+        return {site: {"prefill": "sparse24_mm"} for site in self.sites}
 
 
 @pytest.mark.usefixtures("tiny_model")
 @pytest.mark.parametrize(
-    ("sparse", "reasons", "device", "code"),
+    ("sparse", "sites", "code"),
     [
-        ([1, 2, 3], [None], "cpu", 0),
-        ([1, 5, 3], [None], "cpu", 1),
-        ([1, 2, 3], [], "cpu", 1),
+        ([1, 2, 3], ["ffn.down"], 0),
+        ([1, 5, 3], ["ffn.down"], 1),
+        ([1, 2, 3], [], 1),
     ],
     ids=["same", "other text", "no site"],
 )
 def test_exit_code(
     sparse: list[int],
-    reasons: list[Any],
-    device: str,
+    sites: list[str],
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -107,12 +104,12 @@ def test_exit_code(
     monkeypatch.setattr(
         FakeGenerator, "texts", {"inductor": [1, 2, 3], "sparse": sparse}
     )
-    monkeypatch.setattr(FakeGenerator, "reasons", reasons)
+    monkeypatch.setattr(FakeGenerator, "sites", sites)
     monkeypatch.setattr(generate, "Generator", FakeGenerator)
-    assert generate.main("--device", device) == code
+    assert generate.main("--device", "cpu") == code
     printed = capsys.readouterr().out
     assert ("DIFFERENT at 1" in printed) == (sparse[1] == 5)
-    assert "ffn.down  sparse24_mm  -" in printed
+    assert ("ffn.down  sparse24_mm  -" in printed) == bool(sites)
 
 
 @pytest.mark.usefixtures("tiny_model")
