@@ -18,6 +18,7 @@ from torch import Tensor
 from inductor_sparse import formats, profitability, reference
 from inductor_sparse.lowerings import sparse24_kernel, tile_model, vendor24
 from inductor_sparse.lowerings.sparse24_kernel import DTYPE_NAMES, TileConfig
+from inductor_sparse.runtime import cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -174,7 +175,8 @@ def sparse24_mm(
     formats.check_packed(values, metadata, w.shape[0])
     (K, N), M = w.shape, values.shape[0]
     out = reference.result_dtype24(values.dtype, out_dtype)
-    own = vendor24.ROUTES.get(profitability.architecture(values.device)) == "own"
+    arch = profitability.architecture(values.device)
+    own = vendor24.ROUTES.get(arch) == "own" and cuda_kernel.available()
     if not own or size_refusal(values.dtype, out, (M, N, K)) is not None:
         return vendor24.masked_dense(
             values, metadata, w, row_scale, col_scale, out_dtype=out_dtype
