@@ -1,6 +1,7 @@
 """An op with the smallest CUDA C++ kernel there is: for tests of what is fused into it.
 
-``small_cuda_op::mm(a, b)`` is ``a @ b`` in float32, rounded to the dtype of ``a``.
+``small_cuda_op::mm(a, b)`` is ``a @ b`` in float32, rounded to the dtype of ``a``;
+``mm_and_sums(a, b)`` is that and the float32 products.
 :func:`on_cpu` compiles a generated kernel for the CPU and runs it there.
 """
 
@@ -24,11 +25,13 @@ from inductor_sparse.lowerings.cuda_epilogue_ops import MEMORY_TYPES
 from inductor_sparse.lowerings.cuda_template import (
     CudaLaunch,
     CudaTemplateBuffer,
+    allocate,
     wrapper_can_launch,
 )
 
 _library = torch.library.Library("small_cuda_op", "DEF")
 _library.define("mm(Tensor a, Tensor b) -> Tensor")
+_library.define("mm_and_sums(Tensor a, Tensor b) -> (Tensor, Tensor)")
 
 
 def _meta(a: Tensor, b: Tensor) -> Tensor:
@@ -39,15 +42,21 @@ def _eager(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype)
 
 
+def _meta_and_sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return _meta(a, b), _meta(a, b).new_empty(a.shape[0], b.shape[1]).float()
+
+
 torch.library.register_fake("small_cuda_op::mm", _meta, lib=_library)
+torch.library.register_fake("small_cuda_op::mm_and_sums", _meta_and_sums, lib=_library)
 _library.impl("mm", _eager, "CPU")
 _library.impl("mm", _eager, "CUDA")
 mm = torch.ops.small_cuda_op.mm.default
+mm_and_sums = torch.ops.small_cuda_op.mm_and_sums.default
 
 _SOURCE = """{code}
 extern "C" __global__ void small_mm(
     const {dtype}* a, const {dtype}* b, const long long M, const long long N,
-    const long long K{primary_param}{params}) {{
+    const long long K{sums_param}{primary_param}{params}) {{
   const long long pairs = M * ((N + 1) / 2);
   const long long step = (long long)gridDim.x * blockDim.x;
   for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < pairs;
@@ -61,17 +70,24 @@ extern "C" __global__ void small_mm(
       acc0 += left * epilogue::decode(b[k * N + n]);
       if (ok1) acc1 += left * epilogue::decode(b[k * N + n + 1]);
     }}
+    {sums_store}
     {body}
     {primary_store}
   }}
 }}
 """
+_STORE_SUMS = "sums[m * N + n] = acc0; if (ok1) sums[m * N + n + 1] = acc1;"
 
 
-def _render(a: ir.IRNode, b: ir.IRNode, epilogue: PrintedEpilogue) -> CudaLaunch:
+def _render(
+    a: ir.IRNode, b: ir.IRNode, sums: ir.IRNode | None, epilogue: PrintedEpilogue
+) -> CudaLaunch:
     primary_param = primary_store = ""
     arguments = [a, b, a.get_size()[0], b.get_size()[1], b.get_size()[0]]
     signature = ["pointer", "pointer", "int64", "int64", "int64"]
+    if sums is not None:
+        arguments.append(sums)
+        signature.append("pointer")
     if epilogue.primary_buffer is not None:
         kind = MEMORY_TYPES[epilogue.out_dtype]
         primary_param = f", {kind}* primary"
@@ -86,6 +102,8 @@ def _render(a: ir.IRNode, b: ir.IRNode, epilogue: PrintedEpilogue) -> CudaLaunch
         dtype=MEMORY_TYPES[a.get_dtype()],
         params="".join(f", {param}" for param in epilogue.params),
         body=epilogue.body.replace("\n", "\n    "),
+        sums_param="" if sums is None else ", float* sums",
+        sums_store="" if sums is None else _STORE_SUMS,
         primary_param=primary_param,
         primary_store=primary_store,
     )
@@ -94,19 +112,35 @@ def _render(a: ir.IRNode, b: ir.IRNode, epilogue: PrintedEpilogue) -> CudaLaunch
     )
 
 
-def _lowering(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:
-    if not wrapper_can_launch() or a.get_device().type != "cuda":
-        return common.fallback(mm)(a, b)
+def _product(
+    a: ir.TensorBox, b: ir.TensorBox, sums: ir.IRNode | None = None
+) -> ir.TensorBox:
     a, b = (common.require_contiguous(tensor) for tensor in realize_inputs(a, b))
     size = [a.get_size()[0], b.get_size()[1]]
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), size)
-    buffer = CudaTemplateBuffer(layout, [a, b], lambda text: _render(a, b, text))
+    written = [] if sums is None else [sums]
+    buffer = CudaTemplateBuffer(
+        layout, [a, b, *written], lambda text: _render(a, b, sums, text), written
+    )
     return ir.TensorBox.create(buffer)
 
 
+def _lowering(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:
+    if not wrapper_can_launch() or a.get_device().type != "cuda":
+        return common.fallback(mm)(a, b)
+    return _product(a, b)
+
+
+def _lowering_and_sums(a: ir.TensorBox, b: ir.TensorBox) -> tuple[ir.TensorBox, ...]:
+    size = [a.get_size()[0], b.get_size()[1]]
+    sums = allocate(a.get_device(), torch.float32, size)
+    return _product(a, b, sums), sums
+
+
 def register() -> None:
-    """Register the lowering with Inductor; calling it again changes nothing."""
+    """Register the lowerings with Inductor; calling it again changes nothing."""
     common.register(mm, _lowering)
+    common.register(mm_and_sums, _lowering_and_sums)
 
 
 _HOST = """
@@ -152,4 +186,4 @@ def _run(generated: Generated, name: str, folder: Path, values: list[object]) ->
         else ctypes.c_longlong(int(value))
         for value in values
     ]
-    getattr(ctypes.CDLL(str(library)), name)(*arguments)
+    ctypes.CDLL(str(library)).small_mm(*arguments)

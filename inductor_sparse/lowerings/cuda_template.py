@@ -16,8 +16,10 @@ from typing import Any
 from unittest.mock import patch
 
 import sympy
+import torch
 from torch._inductor import ir
 from torch._inductor.codegen.common import IndentedBuffer, Kernel, OpOverrides
+from torch._inductor.lowering import empty_strided
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
@@ -57,12 +59,14 @@ class CudaLaunch:
     shared_bytes: int = 0
     grid: int | str = PERSISTENT
 
-    def constructor(self, name: str, epilogue: PrintedEpilogue) -> str:
-        """Python text that makes the kernel; it is called ``name`` on the GPU too."""
-        source = self.source.replace(self.name, name)
+    def constructor(self, epilogue: PrintedEpilogue) -> str:
+        """Python text that makes the kernel.
+
+        The name in the source stays: equal texts of two graphs are compiled once.
+        """
         kinds = (*self.signature, *epilogue.signature)
         return (
-            f"CudaKernel({name!r}, r'''{source}''', signature={kinds!r}, "
+            f"CudaKernel({self.name!r}, r'''{self.source}''', signature={kinds!r}, "
             f"maps={self.maps!r}, threads={self.threads}, cluster={self.cluster}, "
             f"shared_bytes={self.shared_bytes}, grid={self.grid!r})"
         )
@@ -72,6 +76,16 @@ Render = Callable[[PrintedEpilogue], CudaLaunch]
 """Makes the kernel once its epilogue is known."""
 
 
+def allocate(
+    device: torch.device, dtype: torch.dtype, size: Sequence[sympy.Expr | int]
+) -> ir.TensorBox:
+    """A contiguous buffer without contents, for a kernel's further output."""
+    stride = ir.FlexibleLayout.contiguous_strides(list(size))
+    made = empty_strided(size, stride, dtype=dtype, device=device)
+    made.realize()
+    return made
+
+
 class CudaTemplateBuffer(ir.TemplateBuffer):
     """The ``[M, N]`` row-major output of a CUDA C++ kernel.
 
@@ -79,8 +93,8 @@ class CudaTemplateBuffer(ir.TemplateBuffer):
         layout: of the output, fixed.
         inputs: every tensor the kernel reads or writes, realized.
         render: makes the kernel's text from its epilogue.
-        written: those of ``inputs`` that are further outputs: buffers just allocated,
-            which the kernel fills.
+        written: those of ``inputs`` that are further outputs: made by :func:`allocate`
+            and filled by the kernel.
     """
 
     def __init__(
@@ -193,13 +207,13 @@ class CudaTemplateKernel(Kernel):
         kernel_path: str,
         get_kernel_metadata: Callable[..., tuple[str, str]],
     ) -> bool:
-        """Define the kernel in the wrapper, under its own name."""
+        """Define the kernel in the wrapper, as a variable named after it."""
         assert self._launch is not None
         name = f"{self._launch.name}_{kernel_name.rsplit('_', 1)[-1]}"
         _names(wrapper)[kernel_name] = name
         origins, detailed = get_kernel_metadata(node_schedule, wrapper)
         wrapper.add_import_once(_IMPORT)
-        text = self._launch.constructor(name, self._epilogue)
+        text = self._launch.constructor(self._epilogue)
         wrapper.define_kernel(name, text, f"{origins}\n{detailed}")
         return True
 
@@ -237,7 +251,12 @@ class CudaTemplateKernel(Kernel):
 
 
 def _names(wrapper: Any) -> dict[str, str]:
-    """Inductor's names of the kernels of a wrapper, and ours."""
+    """Inductor's names of the kernels of a wrapper, and ours.
+
+    The branches of a control-flow op have wrappers of their own in one module.
+    """
+    while getattr(wrapper, "parent_wrapper", None) is not None:
+        wrapper = wrapper.parent_wrapper
     return wrapper.__dict__.setdefault("_inductor_sparse_kernels", {})
 
 

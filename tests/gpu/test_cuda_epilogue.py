@@ -168,3 +168,22 @@ def test_in_a_cuda_graph() -> None:
         torch.testing.assert_close(
             run(a, b, bias).double(), wanted, rtol=1e-5, atol=1e-4
         )
+
+
+def test_in_the_branches_of_a_condition() -> None:
+    def yes(a: Tensor, b: Tensor) -> Tensor:
+        return mm(a, b) + 1
+
+    def no(a: Tensor, b: Tensor) -> Tensor:
+        return mm(a, b) * 2 - 1
+
+    def fn(flag: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cond(flag, yes, no, (a, b)) + mm(a, b).relu()
+
+    run = compiled(fn)
+    a, b = (torch.randn(s, device="cuda") for s in ((64, 24), (24, 48)))
+    for flag in (True, False):
+        y = a.double() @ b.double()
+        wanted = (y + 1 if flag else y * 2 - 1) + y.relu()
+        actual = run(torch.tensor(flag, device="cuda"), a, b)
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-4)

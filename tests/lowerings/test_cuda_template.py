@@ -11,7 +11,7 @@ import pytest
 import small_cuda_op
 import torch
 from fake_cuda import compile_cuda, cuda_sources, generate
-from small_cuda_op import mm
+from small_cuda_op import mm, mm_and_sums
 from torch import Tensor
 
 from inductor_sparse.runtime.cuda_kernel import CudaKernel
@@ -43,7 +43,7 @@ def test_the_wrapper_defines_the_kernel_and_launches_it() -> None:
     )
     assert definition is not None
     kernel = eval(definition.group(1), {"CudaKernel": CudaKernel})
-    assert kernel.name == "small_mm_0"
+    assert kernel.name == "small_mm"
     assert kernel.signature == (*["pointer"] * 2, *["int64"] * 3, "pointer")
     assert (kernel.threads, kernel.cluster, kernel.grid) == (128, 1, 64)
 
@@ -89,6 +89,32 @@ def test_the_output_that_nobody_reads_is_not_allocated() -> None:
     assert "buf0" not in body(generated.code)
 
 
+@pytest.mark.parametrize("dynamic", [(), (5,)])
+def test_a_kernel_with_two_outputs(dynamic: tuple[int, ...], tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, sums = mm_and_sums(a, b)
+        return y + 1, sums, y.relu()
+
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 4).bfloat16(), torch.randn(4, 8).bfloat16()
+    generated = generate(fn, a, b, dynamic=dynamic)
+    assert generated.kernels == ("small_mm_0",)
+    exact = a.double() @ b.double()
+    one, sums, relu = small_cuda_op.on_cpu(generated, tmp_path, a, b)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-5)
+    for ours, wanted in ((one, exact + 1), (relu, exact.relu())):
+        torch.testing.assert_close(ours.double(), wanted, rtol=2**-8, atol=2**-8)
+
+
+def test_a_further_output_is_read_by_other_kernels() -> None:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        y, sums = mm_and_sums(a, b)
+        return sums.sum(1) + y.sum(1)
+
+    call = body(generate(fn, A, B).code)
+    assert call.index("small_mm_0.run(") < call.index("triton_per_fused")
+
+
 @pytest.mark.parametrize(
     ("fn", "writes"),
     [
@@ -115,8 +141,9 @@ def test_a_wrapper_that_is_not_python_calls_the_op() -> None:
     assert "CudaKernel(" not in code
 
 
-def test_benchmark_kernel_leaves_the_kernel_alone() -> None:
-    options = {"benchmark_kernel": True}
+@pytest.mark.parametrize("option", ["benchmark_kernel", "benchmark_fusion"])
+def test_inductor_cannot_benchmark_the_kernel(option: str) -> None:
+    options = {option: True}
     generated = generate(lambda a, b: mm(a, b) + 1, A, B, inductor=options)
     assert generated.cuda_kernels == ("small_mm_0",)
     assert "small_mm_0.run(" in body(generated.code)
