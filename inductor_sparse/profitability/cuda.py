@@ -47,15 +47,16 @@ _DECODE_FIXED_US = 7.0
 
 _CLUSTERS = 66
 """Pairs of multiprocessors, each working on two tiles one below the other."""
-_HALF_TILES = ((128, 256, 1.0), (128, 192, 0.83), (128, 128, 0.7))
-_BYTE_TILES = ((128, 256, 1.0), (128, 192, 0.74), (128, 128, 0.57))
+_HALF_TILES = ((128, 256, 1.0), (128, 192, 0.92), (128, 128, 0.8))
+_BYTE_TILES = ((128, 256, 1.0), (128, 192, 0.85), (128, 128, 0.62))
 """Rows, columns, and measured rate relative to the largest tile."""
 
 _DENSE_TFLOPS = {"bfloat16": 840.0, "float16": 840.0}
 _DENSE_TFLOPS_ELSE = 1580.0
 _PACKED_TFLOPS = {"bfloat16": 1240.0, "float16": 1240.0}
 _PACKED_TFLOPS_ELSE = 2150.0
-_PACKED_FIXED_US = 3.0
+_PRODUCT_FIXED_US = 3.5
+_PACKED_FIXED_US = 6.0
 """Filling the pipeline, and the epilogue that nothing overlaps."""
 
 
@@ -89,7 +90,7 @@ def _dense_us(M: int, K: int, N: int, dtype: str) -> float:
     """The time of a dense product whose last round of tiles costs nothing extra."""
     rate = _DENSE_TFLOPS.get(dtype, _DENSE_TFLOPS_ELSE) * 1e6
     weight_us = K * N * _ITEMSIZE.get(dtype, 2) / _READ_BYTES_PER_US
-    return _DENSE_FIXED_US + max(2 * M * K * N / rate, weight_us)
+    return _PRODUCT_FIXED_US + max(2 * M * K * N / rate, weight_us)
 
 
 def _packed_us(M: int, K: int, N: int, dtype: str) -> float:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
+from inductor_sparse import profitability
 from inductor_sparse.decisions import Decision, Reason, Status, Tier
 
 M, K, N = 4096, 16384, 8192
@@ -83,9 +84,10 @@ def test_quantized_by_rows(
     shape: tuple[int, ...],
 ) -> None:
     gm, (decision,) = run(layer(quantize, act), shape)
+    begin = profitability.cuda.prefill_min_tokens(K, N, "float8_e4m3fn")
     assert (decision.status, decision.detail) == (
         Status.APPLIED,
-        "for this shape skipping zeros wins never, 2:4 from 2048 tokens on",
+        f"for this shape skipping zeros wins never, 2:4 from {begin} tokens on",
     )
     assert (decision.rule, decision.tier) == ("scaled_matmul", Tier.APPROXIMATE)
     (packed,) = calls(gm, "sparsify24_quantized")
