@@ -13,16 +13,19 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from inductor_sparse.bench import roofline
 from inductor_sparse.bench.intervals import Ratio, median, paired_ratio
 from inductor_sparse.bench.models import (
+    Input,
     Model,
     ModelCase,
+    Stack,
     dropped_energy,
     errors,
     measured_density,
+    parts,
 )
 from inductor_sparse.bench.quantized import quantized
 from inductor_sparse.bench.rows import Row, machine
@@ -41,7 +44,9 @@ from inductor_sparse.errors import SparseError
 Report = Callable[[str], object]
 SETTLE_ATTEMPTS = 3
 DECODE_TOKENS = 16
-"""Up to here a call may read only a part of its weights, and inputs rotate more."""
+"""Up to here calls are short and may read only a part of their weights."""
+STACKED = 16
+"""Models that a GPU runs one after another where calls are that short."""
 
 
 class UnsettledError(SparseError, RuntimeError):
@@ -108,25 +113,28 @@ def run(sweep: Sweep, report: Report = lambda message: None) -> Iterator[Row]:
         todo = [(tokens, sweep.remaining(case, tokens)) for tokens in sweep.tokens]
         if not any(densities for _, densities in todo):
             continue
-        model = case.build()
+        models = [case.build()]
         for tokens, densities in todo:
             if densities:
-                yield from _rows(sweep, case, model, tokens, densities, report)
+                yield from _rows(sweep, case, models, tokens, densities, report)
                 release()
 
 
 def _rows(
     sweep: Sweep,
     case: ModelCase,
-    model: Model,
+    models: list[Model],
     tokens: int,
     densities: Sequence[float],
     report: Report,
 ) -> Iterator[Row]:
-    """The rows of one model at one number of tokens."""
-    partial_reads = case.device == "cuda" and tokens <= DECODE_TOKENS
-    evict = Evictor(case.weight_bytes, case.device, always=partial_reads)
-    bench = _Bench(sweep, case, model, tokens, evict, report)
+    """The rows of one model at one number of tokens; ``models`` are made as needed."""
+    stacked = case.device == "cuda" and tokens <= DECODE_TOKENS
+    while stacked and len(models) < STACKED:
+        models.append(case.build(seed=len(models)))
+    layers = models if stacked else models[:1]
+    evict = Evictor(len(layers) * case.weight_bytes, case.device)
+    bench = _Bench(sweep, case, layers, tokens, evict, report)
     dense, dense_all = bench.fastest("inductor", bench.inputs(densities[0]))
     for density in densities:
         inputs = bench.inputs(density)
@@ -135,20 +143,21 @@ def _rows(
         row = bench.compare(dense, sparse, inputs)
         sparse.close()
         row["density"] = density
-        row["density_measured"] = measured_density(model, inputs)
+        single = [one for x in inputs for one in parts(x)]
+        row["density_measured"] = measured_density(bench.model, single)
         row["dense_candidates_us"] = dense_all
         row["sparse_candidates_us"] = sparse_all
-        row |= roofline.fields(case, model, inputs, row)
+        row |= roofline.fields(case, bench.model, single, row)
         yield row
 
 
 @dataclasses.dataclass
 class _Bench:
-    """One model at one number of tokens."""
+    """One model, or a stack of them, at one number of tokens."""
 
     sweep: Sweep
     case: ModelCase
-    model: Model
+    models: list[Model]
     tokens: int
     evict: Evictor
     report: Report
@@ -161,27 +170,40 @@ class _Bench:
         sizes = f"{self.case.features}x{self.case.hidden} M={self.tokens}"
         return f"{gated}{self.case.op} {self.case.dtype} {sizes}"
 
+    @property
+    def model(self) -> Model:
+        """The model that stands for all."""
+        return self.models[0]
+
+    def _whole(self, quantize: str) -> nn.Module:
+        """What is compiled."""
+        models = [quantized(model, quantize) for model in self.models]
+        return models[0] if len(models) == 1 else Stack(models)
+
     def _sparse_options(self) -> dict[str, Any]:
         """Options of the sparse backend."""
         if self.case.quantize == "none":
             return dict(self.sweep.options)
         return {**self.sweep.options, "sparse.quantize": self.case.quantize}
 
-    def inputs(self, density: float) -> list[Tensor]:
+    def inputs(self, density: float) -> list[Input]:
         """Fresh inputs to rotate: many where a call is short, few where it is long."""
-        count = 16 if self.tokens <= DECODE_TOKENS else 4
+        short = self.tokens <= DECODE_TOKENS and len(self.models) == 1
         seeds = itertools.count(1)
-        return [
-            self.case.make_input(self.tokens, density, next(seeds))
-            for _ in range(count)
-        ]
+
+        def make(_: object) -> Tensor:
+            return self.case.make_input(self.tokens, density, next(seeds))
+
+        if len(self.models) == 1:
+            return [make(turn) for turn in range(16 if short else 4)]
+        return [tuple(map(make, self.models)) for _ in range(4)]
 
     def fastest(
-        self, backend: str, inputs: list[Tensor]
+        self, backend: str, inputs: list[Input]
     ) -> tuple[Variant, dict[str, float]]:
         """The fastest setting of one backend; the median of each in microseconds."""
         sparse = backend == "sparse"
-        model = self.model if sparse else quantized(self.model, self.case.quantize)
+        model = self._whole("none" if sparse else self.case.quantize)
         options = self._sparse_options() if sparse else None
         best: Variant | None = None
         medians: dict[str, float] = {}
@@ -199,28 +221,29 @@ class _Bench:
         assert best is not None, "a sweep has at least one setting"
         return best, medians
 
-    def screen(self, variant: Variant, inputs: list[Tensor]) -> float:
+    def screen(self, variant: Variant, inputs: list[Input]) -> float:
         """A quick median of one candidate in microseconds."""
         with watch(variant):
-            return screen_us(
+            us = screen_us(
                 variant.run(inputs),
                 seconds=self.sweep.seconds / 5,
                 device=self.case.device,
                 before=self.evict.before,
                 rotation=len(inputs),
             )
+        return us / len(self.models)
 
-    def compare(self, dense: Variant, sparse: Variant, inputs: list[Tensor]) -> Row:
+    def compare(self, dense: Variant, sparse: Variant, inputs: list[Input]) -> Row:
         """Time both variants alternately and describe the outcome."""
-        rivals = roofline.rivals(self.case, self.model, self.tokens, self.evict, inputs)
+        rivals = roofline.rivals(self.case, self.models, inputs)
         times = self._settled_times(dense, sparse, inputs, rivals)
         ratio = paired_ratio(times["dense"], times["sparse"])
         status, reason = sparse.status()
         return {
             **dataclasses.asdict(self.case),
             "tokens": self.tokens,
-            "dense_us": median(times["dense"]),
-            "sparse_us": median(times["sparse"]),
+            "dense_us": median(times["dense"]) / len(self.models),
+            "sparse_us": median(times["sparse"]) / len(self.models),
             **ratio_fields(ratio),
             **self._numerics(dense, sparse, inputs[0]),
             "baseline": dense.setting.name,
@@ -228,7 +251,8 @@ class _Bench:
             "status": status,
             "reason": reason,
             **_applied(sparse.last_graph),
-            **{f"{name}_us": median(times[name]) for name in rivals},
+            **{f"{n}_us": median(times[n]) / len(self.models) for n in rivals},
+            "stacked": len(self.models),
             "dense_compile_s": self.compile_s.get("inductor", 0.0),
             "sparse_compile_s": self.compile_s.get("sparse", 0.0),
             "rounds": len(times["dense"]),
@@ -236,10 +260,11 @@ class _Bench:
             **machine(self.case.device),
         }
 
-    def _numerics(self, dense: Variant, sparse: Variant, x: Tensor) -> Row:
+    def _numerics(self, dense: Variant, sparse: Variant, given: Input) -> Row:
         """Errors of both sides against float64, and what 2:4 dropped if it was used."""
-        largest, rms = errors(self.model, x, sparse.call(x))
-        dense_largest, dense_rms = errors(self.model, x, dense.call(x))
+        x = parts(given)[0]
+        largest, rms = errors(self.model, x, parts(sparse.call(given))[0])
+        dense_largest, dense_rms = errors(self.model, x, parts(dense.call(given))[0])
         graph = sparse.last_graph
         approximate = graph is not None and any(
             decision.tier is Tier.APPROXIMATE for decision in graph.applied
@@ -256,7 +281,7 @@ class _Bench:
         self,
         dense: Variant,
         sparse: Variant,
-        inputs: list[Tensor],
+        inputs: list[Input],
         rivals: Mapping[str, Call],
     ) -> dict[str, list[float]]:
         """Times of a stretch in which the sparse variant compiled nothing."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,30 @@ class FeedForward(nn.Module):
 
 
 Model = Down | FeedForward
+Input = Tensor | tuple[Tensor, ...]
+"""What a compiled variant takes: the input of a model, or one for each of a stack."""
+
+
+def parts(x: Input) -> tuple[Tensor, ...]:
+    """The inputs of the single models."""
+    return (x,) if isinstance(x, Tensor) else x
+
+
+class Stack(nn.Module):
+    """Models of one size run one after another, each on its own input.
+
+    As in a network of many layers, no model finds its weights in the cache, and the
+    start of one kernel overlaps with the end of the one before.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The results of all models."""
+        pairs = zip(self.models, inputs, strict=True)
+        return tuple(model(x) for model, x in pairs)
 
 
 @dataclasses.dataclass(frozen=True)

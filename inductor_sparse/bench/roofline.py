@@ -12,9 +12,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from inductor_sparse.bench import ceilings
-from inductor_sparse.bench.models import DTYPES, Model, ModelCase, union_density
+from inductor_sparse.bench.models import (
+    DTYPES,
+    Input,
+    Model,
+    ModelCase,
+    parts,
+    union_density,
+)
 from inductor_sparse.bench.rows import Row
-from inductor_sparse.bench.timing import Call, Evictor, screen_us
+from inductor_sparse.bench.timing import Call, screen_us
 
 MEMORY_BOUND_TOKENS = 16
 """Up to here rates of memory are reported, above it rates of arithmetic."""
@@ -63,47 +70,43 @@ def _rates(name: str, amount: float, row: Row) -> Row:
 
 
 def rivals(
-    case: ModelCase,
-    model: Model,
-    tokens: int,
-    evict: Evictor,
-    inputs: Sequence[Tensor],
+    case: ModelCase, models: Sequence[Model], inputs: Sequence[Input]
 ) -> dict[str, Call]:
-    """What is timed along on a GPU with few tokens.
+    """What is timed along with a stack of models on a GPU: one call runs all of them.
 
     ``empty`` is a kernel that does nothing to speak of: what every time contains.
     ``masked_load`` is the best tile of :mod:`inductor_sparse.bench.teal_baseline`.
     """
-    if case.device != "cuda" or tokens > MEMORY_BOUND_TOKENS:
+    if case.device != "cuda" or len(models) == 1:
         return {}
-    one = inputs[0].new_zeros(1)
-    found: dict[str, Call] = {"empty": lambda _: one.add_(1)}
-    if case.quantize == "none":
-        masked_load = _masked_load(case, model, evict, inputs)
-        if masked_load is not None:
-            found["masked_load"] = masked_load
+    ones = [parts(inputs[0])[0].new_zeros(1) for _ in models]
+    found: dict[str, Call] = {"empty": lambda _: [one.add_(1) for one in ones]}
+    if case.quantize == "none" and not case.gated:
+        found["masked_load"] = _masked_load(models, inputs)
     return found
 
 
-def _masked_load(
-    case: ModelCase, model: Model, evict: Evictor, inputs: Sequence[Tensor]
-) -> Call | None:
-    """The masked-load kernel with its fastest tile; ``None`` for a gated model."""
+def _masked_load(models: Sequence[Model], inputs: Sequence[Input]) -> Call:
+    """The masked-load kernel with its fastest tile."""
     from inductor_sparse.bench import teal_baseline
 
-    best: tuple[float, Call] | None = None
-    for call in teal_baseline.candidates(model).values():
+    tiles: dict[str, list[teal_baseline.Kernel]] = {}
+    for model in models:
+        for tile, kernel in teal_baseline.candidates(model).items():
+            tiles.setdefault(tile, []).append(kernel)
 
-        def run(index: int, call: teal_baseline.Kernel = call) -> Tensor:
-            return call(inputs[index % len(inputs)])
+    def call_of(kernels: list[teal_baseline.Kernel]) -> Call:
+        def run(index: int) -> list[Tensor]:
+            given = parts(inputs[index % len(inputs)])
+            return [kernel(x) for kernel, x in zip(kernels, given, strict=True)]
 
-        us = screen_us(
-            run,
-            seconds=SCREEN_SECONDS,
-            device=case.device,
-            before=evict.before,
-            rotation=len(inputs),
+        return run
+
+    calls = {tile: call_of(kernels) for tile, kernels in tiles.items()}
+    times = {
+        tile: screen_us(
+            call, seconds=SCREEN_SECONDS, device="cuda", rotation=len(inputs)
         )
-        if best is None or us < best[0]:
-            best = us, run
-    return None if best is None else best[1]
+        for tile, call in calls.items()
+    }
+    return calls[min(times, key=lambda tile: times[tile])]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from inductor_sparse import decisions
+from inductor_sparse.bench.models import Input, parts
 from inductor_sparse.errors import NothingAppliedError
 
 WARMUP_CALLS = 10
@@ -74,7 +75,7 @@ SETTINGS = (
 
 @dataclasses.dataclass
 class Variant:
-    """One compiled form of a model.
+    """One compiled form of a model, or of a stack of them.
 
     ``call`` maps an input to the output.  ``log`` has received the decisions of every
     graph compiled so far; it stays empty for the dense backend.  ``modules`` are those
@@ -84,7 +85,7 @@ class Variant:
 
     backend: str
     setting: Setting
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Input], Any]
     log: decisions.DecisionLog
     modules: list[types.ModuleType]
     compile_s: float = 0.0
@@ -96,7 +97,7 @@ class Variant:
             _drop_tensors(module)
         gc.collect()
 
-    def run(self, inputs: Sequence[Tensor]) -> Callable[[int], object]:
+    def run(self, inputs: Sequence[Input]) -> Callable[[int], object]:
         """A function that calls the variant on the input whose turn it is."""
         return lambda round_index: self.call(inputs[round_index % len(inputs)])
 
@@ -128,7 +129,7 @@ def compile_variant(
     model: nn.Module,
     backend: str,
     setting: Setting,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Input],
     options: Mapping[str, Any] | None = None,
 ) -> Variant:
     """Compile ``model`` for the shape of ``inputs`` and warm it up on them.
@@ -141,10 +142,11 @@ def compile_variant(
         options: further options of the backend, such as ``sparse.quantize``.
     """
     step = _own_code(model, f"{backend}_{setting.name}")
-    chosen = {**setting.options(inputs[0].device.type), **(options or {})}
+    device = parts(inputs[0])[0].device.type
+    chosen = {**setting.options(device), **(options or {})}
     compiled = torch.compile(step, backend=backend, dynamic=False, options=chosen)
 
-    def call(x: Tensor) -> Tensor:
+    def call(x: Input) -> Any:
         with torch.no_grad():
             return compiled(x)
 
@@ -187,7 +189,7 @@ def _generated_modules() -> dict[str, types.ModuleType]:
     }
 
 
-def _closed(x: Tensor) -> Tensor:
+def _closed(x: Input) -> Any:
     """Stands for the call of a closed variant."""
     raise RuntimeError("this variant was closed")
 
@@ -199,10 +201,10 @@ def _drop_tensors(module: types.ModuleType) -> None:
             delattr(module, name)
 
 
-def _own_code(model: nn.Module, label: str) -> Callable[[Tensor], Tensor]:
+def _own_code(model: nn.Module, label: str) -> Callable[[Input], Any]:
     """A function that calls ``model`` and shares its code object with no other."""
 
-    def step(x: Tensor) -> Tensor:
+    def step(x: Input) -> Any:
         return model(x)
 
     code = step.__code__.replace(co_name=label)

@@ -42,6 +42,7 @@ def ffn_row() -> dict[str, Any]:
         "sparse_compile_s": 2.5,
         "dense_candidates_us": {"default": 20000.0},
         "sparse_candidates_us": {"default": 1543.2},
+        "stacked": 1,
         "rounds": 100,
         "cache": "streamed",
         "device_name": "Some CPU",

@@ -65,16 +65,42 @@ def test_a_finished_sweep_builds_no_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(ffn.run(dataclasses.replace(SWEEP, done=done))) == []
 
 
-def bench() -> ffn._Bench:
-    """The measurement of one model, nothing compiled yet."""
+def bench(models: int = 1) -> ffn._Bench:
+    """The measurement of one model or a stack, nothing compiled yet."""
     model = CASE.build()
-    return ffn._Bench(SWEEP, CASE, model, 2, Evictor(2**40), lambda _: None)
+    return ffn._Bench(SWEEP, CASE, [model] * models, 2, Evictor(2**40), print)
 
 
 def test_inputs_rotate_and_differ() -> None:
     first, second, *others = bench().inputs(0.1)
     assert len(others) == 14
     assert not first.equal(second)
+
+
+def test_every_model_of_a_stack_has_its_own_input() -> None:
+    first, *others = bench(models=3).inputs(0.1)
+    assert len(others) == 3
+    a, b, c = first
+    assert not a.equal(b)
+    assert not b.equal(c)
+
+
+@pytest.mark.slow
+def test_times_of_a_stack_are_those_of_one_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    three = bench(models=3)
+    times = {"dense": [30.0, 30.0], "sparse": [15.0, 15.0]}
+    monkeypatch.setattr(three, "_settled_times", lambda *_: times)
+    inputs = three.inputs(0.1)
+    sides = [
+        variants.compile_variant(three._whole("none"), side, SETTINGS[0], inputs)
+        for side in ("inductor", "sparse")
+    ]
+    row = three.compare(*sides, inputs)
+    assert (row["dense_us"], row["sparse_us"], row["ratio"]) == (10.0, 5.0, 2.0)
+    assert (row["stacked"], row["sites_applied"]) == (3, 3)
+    assert row["max_rel_err"] < 1e-5
 
 
 def settle(monkeypatch: pytest.MonkeyPatch, recompiling_runs: int) -> tuple[int, Any]:

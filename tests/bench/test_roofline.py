@@ -7,7 +7,6 @@ import pytest
 from inductor_sparse.bench import ceilings, roofline
 from inductor_sparse.bench.ceilings import Ceilings
 from inductor_sparse.bench.models import ModelCase
-from inductor_sparse.bench.timing import Evictor
 
 DOWN = ModelCase("down", False, "relu2", "bfloat16", features=64, hidden=512)
 FFN = dataclasses.replace(DOWN, op="ffn")
@@ -57,7 +56,7 @@ def test_many_tokens_are_held_against_arithmetic(
 def test_a_cpu_row_has_none_of_it() -> None:
     model, inputs = DOWN.build(), [DOWN.make_input(1, 0.5, 0)]
     assert roofline.fields(DOWN, model, inputs, TIMES) == {}
-    assert roofline.rivals(DOWN, model, 1, Evictor(1), inputs) == {}
+    assert roofline.rivals(DOWN, [model, model], inputs) == {}
 
 
 def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
