@@ -84,16 +84,13 @@ def _add_gemm(kinds: Any) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser, densities: list[float]) -> None:
-    """Arguments on what the data look like, and ``--resume``."""
+    """Arguments on what the data look like."""
     parser.add_argument("--density", type=types.densities, default=densities)
     parser.add_argument(
         "--data",
         type=types.names(DATA_NAMES),
         default=["random"],
         help="random numbers, or what the model of examples/ computes, tiled",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="skip rows already in the --json file"
     )
 
 
@@ -130,6 +127,11 @@ def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--seconds", type=types.seconds, default=10.0, help="timing budget of a row"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="add to the --json file, and skip rows that are in it",
     )
     _add_device_and_json(parser)
 
@@ -209,7 +211,7 @@ def _bench_gemm(arguments: argparse.Namespace) -> int:
         densities=arguments.density,
         device=arguments.device,
     )
-    todo = [case for case in todo if dataclasses.astuple(case) not in done]
+    todo = [case for case in todo if case.key not in done]
     return _run_bench(
         arguments,
         tables.GEMM,
@@ -223,17 +225,20 @@ def _bench_pack(arguments: argparse.Namespace) -> int:
     """``bench pack``."""
     from inductor_sparse.bench import pack, tables
 
+    done = {pack.row_key(row) for row in _kept_rows(arguments)}
     todo = pack.cases(
         tokens=arguments.tokens,
         sizes=_sizes(arguments),
         dtypes=arguments.dtype,
         device=arguments.device,
     )
+    todo = [case for case in todo if dataclasses.astuple(case) not in done]
     return _run_bench(
         arguments,
         tables.PACK_CUDA if arguments.device == "cuda" else tables.PACK,
         len(todo),
         lambda report: pack.run(todo, arguments.seconds, report),
+        append=arguments.resume,
     )
 
 

@@ -59,6 +59,11 @@ class GemmCase:
     device: str = "cpu"
 
     @property
+    def key(self) -> tuple[object, ...]:
+        """The :func:`row_key` of its row."""
+        return ("gemm", *dataclasses.astuple(self))
+
+    @property
     def flop(self) -> int:
         """Operations of the dense product."""
         return 2 * self.tokens * self.hidden * self.features
@@ -98,8 +103,9 @@ def cases(
 
 
 def row_key(row: Row) -> tuple[object, ...]:
-    """What makes two rows the same measurement."""
-    return tuple(row.get(field.name) for field in dataclasses.fields(GemmCase))
+    """What makes two rows the same measurement; rows of other benchmarks differ."""
+    fields = dataclasses.fields(GemmCase)
+    return (row.get("op"), *(row.get(field.name) for field in fields))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,11 @@ def cases(
     ]
 
 
+def row_key(row: Row) -> tuple[object, ...]:
+    """What makes two rows the same measurement."""
+    return tuple(row.get(field.name) for field in dataclasses.fields(PackCase))
+
+
 def run(
     todo: Sequence[PackCase],
     seconds: float,

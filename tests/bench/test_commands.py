@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from inductor_sparse import cli
-from inductor_sparse.bench import ffn, gemm
+from inductor_sparse.bench import ffn, gemm, pack
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -170,6 +170,9 @@ def test_a_gpu_leaves_freezing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sweep_of(monkeypatch).settings) == 4
 
 
+OPS = ("gemm", "down")  # the second row is not one of this benchmark
+
+
 def test_gemm_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[gemm.GemmCase] = []
     monkeypatch.setattr(gemm, "run", lambda todo, *_: iter(seen.extend(todo) or []))
@@ -177,8 +180,27 @@ def test_gemm_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv += ["--density", "0.1", "--dtype", "int8", "--json", str(tmp_path / "r.jsonl")]
     assert cli.main(argv) == cli.OK
     assert [case.tokens for case in seen] == [8, 16]
-    row = dataclasses.asdict(seen[0])
-    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    pairs = zip(seen, OPS, strict=True)
+    rows = [dataclasses.asdict(case) | {"op": op} for case, op in pairs]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen.clear()
     assert cli.main([*argv, "--resume"]) == cli.OK
     assert [case.tokens for case in seen] == [16]
+
+
+def test_pack_resumes_and_keeps_other_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ffn_row: dict[str, Any]
+) -> None:
+    seen: list[pack.PackCase] = []
+    monkeypatch.setattr(pack, "run", lambda todo, *_: iter(seen.extend(todo) or []))
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(ffn_row) + "\n")
+    argv = ["bench", "pack", "--tokens", "8,16", "--json", str(path), "--resume"]
+    assert cli.main(argv) == cli.OK
+    assert [case.rows for case in seen] == [4096, 8, 16]
+    with path.open("a") as stream:
+        stream.write(json.dumps(dataclasses.asdict(seen[1])) + "\n")
+    seen.clear()
+    assert cli.main(argv) == cli.OK
+    assert [case.rows for case in seen] == [4096, 16]
+    assert json.loads(path.read_text().splitlines()[0]) == ffn_row
