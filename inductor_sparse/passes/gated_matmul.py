@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_sparse import profitability
 from inductor_sparse.passes.base import PassContext, Rule
@@ -81,7 +82,7 @@ def _read_glu(site: Site, context: PassContext) -> _Glu | None:
         or producer.gate is None
         or producer.up is None
         or site.matmul.target not in (aten.mm.default, aten.addmm.default)
-        or not profitability.glu_pays(site.sizes[0])
+        or not _is_for_a_few(site.sizes[0])
         or kernel_obstacle(
             ("glu_spmm",), site.dtype, context.architecture(device), context
         )
@@ -97,6 +98,17 @@ def _read_glu(site: Site, context: PassContext) -> _Glu | None:
     if w_up_FD is None:
         return None
     return _Glu(activation, gate, [*views, *gate_views], x_MD, w_up_FD)
+
+
+def _is_for_a_few(M: int | torch.SymInt) -> bool:
+    """Whether glu_spmm pays; for a symbolic M only if it is known to be small enough.
+
+    On a GPU it is: the regime has put a guard on it.
+    """
+    if isinstance(M, int):
+        return profitability.glu_pays(M)
+    most = profitability.GLU_MAX_TOKENS
+    return bool(statically_known_true(M > 0) and statically_known_true(most >= M))
 
 
 def _up_projection(

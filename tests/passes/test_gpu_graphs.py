@@ -168,30 +168,44 @@ def test_batches_stay_dense() -> None:
 
 
 def test_gated_decode_skips_the_up_projection() -> None:
-    def fn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(x, gate)) * F.linear(x, up), down)
-
     weights = empty(K, N), empty(K, N), empty(N, K)
-    gm, record = decide(fn, empty(1, N), *weights)
+    gm, record = decide(glu, empty(1, N), *weights)
     assert [d.op for d in record.decisions] == ["glu_spmm"]
-    gm, record = decide(fn, empty(2048, N), *weights)
+    gm, record = decide(glu, empty(2048, N), *weights)
     assert [d.op for d in record.decisions] == ["sparse24_mm"]
     assert calls(gm, "sparsify24")[0].args[1:3] == ("identity", "largest_abs")
 
 
-def symbolic(M: int) -> tuple[GraphDecisions, ShapeEnv]:
+def relu(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.relu(x), w)
+
+
+def glu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def symbolic(
+    M: int, fn: Any, D: int, *weights: tuple[int, int]
+) -> tuple[GraphDecisions, ShapeEnv]:
     """The decisions about a graph of M tokens that may be another number next time."""
     env, source = ShapeEnv(), ConstantSource("tokens")
     symbol = env.create_symbol(M, source, dynamic_dim=DimDynamic.DYNAMIC)
     tokens = env.create_symintnode(symbol, hint=M, source=source)
+    sizes = [(tokens, D), *weights]
     with FakeTensorMode(shape_env=env):
-        x = torch.empty(tokens, K, dtype=torch.bfloat16, device="cuda")
-        w = torch.empty(N, K, dtype=torch.bfloat16, device="cuda")
-        fn = torch.func.functionalize(lambda x, w: F.linear(F.relu(x), w))
-        gm = make_fx(fn, tracing_mode="symbolic")(x, w)
-    for node, fake in zip(gm.graph.find_nodes(op="placeholder"), (x, w), strict=True):
+        args = [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in sizes]
+        gm = make_fx(torch.func.functionalize(fn), tracing_mode="symbolic")(*args)
+    for node, fake in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
         node.meta["val"] = fake
-    return rewrite(gm, static=[1], architecture=lambda device: "sm_90"), env
+    static = range(1, len(args))
+    return rewrite(gm, static=static, architecture=lambda device: "sm_90"), env
+
+
+def test_gated_decode_of_symbolic_tokens() -> None:
+    record, _ = symbolic(2, glu, N, (K, N), (K, N), (N, K))
+    assert [d.op for d in record.decisions] == ["glu_spmm"]
+    record, _ = symbolic(100, glu, N, (K, N), (K, N), (N, K))
+    assert [d.op for d in record.decisions] == [""]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +217,7 @@ def symbolic(M: int) -> tuple[GraphDecisions, ShapeEnv]:
     ],
 )
 def test_symbolic_tokens_are_guarded(M: int, op: str, guard: str) -> None:
-    record, env = symbolic(M)
+    record, env = symbolic(M, relu, K, (N, K))
     (decision,) = record.decisions
     assert decision.op == op
     assert (decision.status is Status.APPLIED) == bool(op)
