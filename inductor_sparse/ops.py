@@ -71,7 +71,8 @@ and of all activated values.  Their ratio is the share of the energy that surviv
 
 ENERGY_SLOTS = 256
 """Rows of a tensor of energies.  Program ``i`` of a kernel adds to row ``i %`` this
-number, so that its atomics rarely meet; the sum over the rows is what counts."""
+number, so that its atomics rarely meet; the sum over the rows is what counts.  Of a
+large matrix a kernel may take a fixed part of the tiles for both sums."""
 
 
 def activation_spmm(

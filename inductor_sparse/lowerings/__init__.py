@@ -13,6 +13,7 @@ from inductor_sparse.lowerings import (
     linear_sparsify24,
     quantize_rows,
     sparse24_mm,
+    sparsify24,
 )
 
 
@@ -25,5 +26,6 @@ def register_all() -> None:
         linear_sparsify24,
         quantize_rows,
         sparse24_mm,
+        sparsify24,
     ):
         lowering.register()

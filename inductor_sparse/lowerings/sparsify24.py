@@ -1,0 +1,165 @@
+"""``sparsify24`` and ``sparsify24_quantized`` on a GPU: Triton templates.
+
+One read of the activation, one write of each result.  A template has one output of its
+own, the smallest; the other results are buffers that it writes into.
+
+Shape legend: ``M`` rows, ``K`` columns, ``S`` stored values of a row, ``R`` and ``C``
+blocks of 64 rows and of 64 columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    TritonTemplate,
+    realize_inputs,
+)
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv
+
+from inductor_sparse import formats, templates
+from inductor_sparse.lowerings import activation_spmm_cuda, common
+from inductor_sparse.runtime import sparsify24_cuda
+
+SPARSIFY24 = common.op("sparsify24")
+QUANTIZED = common.op("sparsify24_quantized")
+
+
+@SymbolicGridFn
+def _tiles(r: Any, c: Any, w: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    return (r * cdiv(c * formats.BLOCK, meta["BLOCK_K"]), 1, 1)
+
+
+@SymbolicGridFn
+def _padded_rows(m: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    # Rows beyond M have metadata.
+    return (cdiv(m, formats.BLOCK) * formats.BLOCK, 1, 1)
+
+
+def _template(name: str, grid: Any, helpers: tuple[str, ...]) -> TritonTemplate:
+    parts = [templates.load(f"triton/{part}.py.jinja") for part in (name, *helpers)]
+    return TritonTemplate(name=name, grid=grid, source="\n\n".join(parts))
+
+
+SPARSIFY24_TEMPLATE = _template("sparsify24", _tiles, sparsify24_cuda.SELECT_TEXT)
+QUANTIZED_TEMPLATE = _template(
+    "sparsify24_quantized", _padded_rows, sparsify24_cuda.QUANTIZED_TEXT
+)
+
+
+def tuned_sparsify24(
+    x: ir.TensorBox, activation: str, select: str, energy: ir.TensorBox | None = None
+) -> tuple[ir.TensorBox, ir.TensorBox]:
+    """Lower ``sparsify24``: ``(values [M, S], metadata [R, C, 128])``."""
+    if not _can_generate(x):
+        return common.fallback(SPARSIFY24)(x, activation, select, energy)
+    M, K = x.get_size()
+    values = _empty(_values_shape(M, K), x.get_dtype(), x)
+    columns = activation_spmm_cuda.static_size(K)
+    block = sparsify24_cuda.BLOCK_K
+    metadata = _run(
+        SPARSIFY24_TEMPLATE,
+        ir.FixedLayout(x.get_device(), torch.int32, _metadata_shape(M, K)),
+        x,
+        [values],
+        energy,
+        EVEN_K=columns is not None and columns % block == 0,
+        BLOCK_K=block,
+        num_warps=sparsify24_cuda.NUM_WARPS,
+        **sparsify24_cuda.activation_constants(activation, select),
+    )
+    return values, metadata
+
+
+def tuned_sparsify24_quantized(
+    x: ir.TensorBox,
+    activation: str,
+    select: str,
+    dtype: torch.dtype,
+    energy: ir.TensorBox | None = None,
+) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]:
+    """Lower ``sparsify24_quantized``: ``(values, metadata, row_scale [M])``."""
+    if not _can_generate(x, dtype):
+        return common.fallback(QUANTIZED)(x, activation, select, dtype, energy)
+    M, K = x.get_size()
+    values = _empty(_values_shape(M, K), dtype, x)
+    metadata = _empty(_metadata_shape(M, K), torch.int32, x)
+    columns = activation_spmm_cuda.static_size(K)
+    plan = sparsify24_cuda.row_plan(columns)
+    row_scale = _run(
+        QUANTIZED_TEMPLATE,
+        ir.FixedLayout(x.get_device(), torch.float32, [M]),
+        x,
+        [values, metadata],
+        energy,
+        FLOAT8=dtype == torch.float8_e4m3fn,
+        EVEN_K=columns is not None and columns % plan.block_k == 0,
+        WHOLE=plan.whole,
+        BLOCK_K=plan.block_k,
+        num_warps=plan.num_warps,
+        **sparsify24_cuda.activation_constants(activation, select),
+    )
+    return values, metadata, row_scale
+
+
+def _run(
+    template: TritonTemplate,
+    layout: ir.FixedLayout,
+    x: ir.TensorBox,
+    results: list[ir.TensorBox],
+    energy: ir.TensorBox | None,
+    **constants: Any,
+) -> ir.TensorBox:
+    """The output of ``template`` called on ``x``, what it writes, and the energies."""
+    written = realize_inputs(*results, x)
+    *buffers, source = written
+    inputs = [source, *buffers]
+    if energy is not None:
+        # Not among the mutated: what the runtime keeps is added to, not replaced.
+        inputs.append(realize_inputs(energy))
+    return activation_spmm_cuda.choose(
+        template,
+        inputs,
+        layout,
+        mutated_inputs=buffers,
+        HAS_ENERGY=energy is not None,
+        num_stages=1,
+        **constants,
+    )
+
+
+def _values_shape(M: Any, K: Any) -> list[Any]:
+    """As :func:`formats.values_shape`, of Inductor's symbols."""
+    return [M, CeilDiv(K, formats.BLOCK) * (formats.BLOCK // 2)]
+
+
+def _metadata_shape(M: Any, K: Any) -> list[Any]:
+    """As :func:`formats.metadata_shape`, of Inductor's symbols."""
+    return [CeilDiv(M, formats.BLOCK), CeilDiv(K, formats.BLOCK), formats.WORDS]
+
+
+def _empty(shape: list[Any], dtype: torch.dtype, x: ir.TensorBox) -> ir.TensorBox:
+    """An uninitialized contiguous buffer on the device of ``x``."""
+    stride = ir.FlexibleLayout.contiguous_strides(shape)
+    return empty_strided(shape, stride, dtype=dtype, device=x.get_device())
+
+
+def _can_generate(x: ir.TensorBox, dtype: torch.dtype | None = None) -> bool:
+    """Whether the templates take ``x``: on a GPU, not empty, in Python wrappers."""
+    device = x.get_device()
+    if device.type != "cuda" or V.graph.cpp_wrapper or 0 in x.get_size():
+        return False
+    if x.get_dtype() not in sparsify24_cuda.DTYPES:
+        return False
+    return dtype != torch.float8_e4m3fn or sparsify24_cuda.has_e4m3(device)
+
+
+def register() -> None:
+    """Register the lowerings with Inductor; calling it again changes nothing."""
+    common.register(SPARSIFY24, tuned_sparsify24)
+    common.register(QUANTIZED, tuned_sparsify24_quantized)

@@ -1,0 +1,146 @@
+"""``sparsify24`` and ``sparsify24_quantized`` on a GPU outside compiled graphs.
+
+The kernels are those that Inductor compiles into a graph, from the same text; what they
+are given, block sizes included, is decided here for both.  Without triton, or for what
+the kernels do not take, the eager definitions of the ops serve.
+
+Importing this module registers them, once for the life of the process.
+
+Shape legend: ``M`` rows, ``K`` columns.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from inductor_sparse import formats, ops, reference
+from inductor_sparse.runtime import triton_text
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The dtypes of activations that the kernels take."""
+
+SELECT_TEXT = ("select24", "sparsify24_tile")
+QUANTIZED_TEXT = ("select24", "sparsify24_quantized_tile")
+
+BLOCK_K = 64
+NUM_WARPS = 4
+"""Columns and warps of a program of ``sparsify24``; its rows are always 64."""
+
+_LARGEST_WHOLE_ROW = 32768
+
+_NON_NEGATIVE = 0
+_ORDERS = {"largest_abs": 1, "largest": 2}
+"""How the kernels compare; values that cannot be negative need less."""
+
+
+class RowPlan(NamedTuple):
+    """How a program of ``sparsify24_quantized`` goes through its row."""
+
+    whole: bool
+    block_k: int
+    num_warps: int
+
+
+def row_plan(features: int | None) -> RowPlan:
+    """The plan for rows of ``features`` columns; None where that is not known.
+
+    A row that fits into the registers of a program is read once.
+    """
+    if features is None or features > _LARGEST_WHOLE_ROW:
+        return RowPlan(whole=False, block_k=8192, num_warps=8)
+    block = max(formats.BLOCK, 1 << (features - 1).bit_length())
+    return RowPlan(whole=True, block_k=block, num_warps=max(1, min(16, block // 1024)))
+
+
+def activation_constants(activation: str, select: str) -> dict[str, bool | int]:
+    """What the kernels want to know of an activation and a way to select."""
+    signed = activation == "identity"
+    return {
+        "RELU": not signed,
+        "SQUARE": activation == "relu2",
+        "ORDER": _ORDERS[select] if signed else _NON_NEGATIVE,
+    }
+
+
+def takes(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the kernels take ``x``, and give ``dtype`` on its device."""
+    if x.dtype not in DTYPES or not x.numel() or find_spec("triton") is None:
+        return False
+    return dtype != torch.float8_e4m3fn or has_e4m3(x.device)
+
+
+def has_e4m3(device: torch.device) -> bool:
+    """Whether the GPU converts to e4m3, and Triton for it."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (
+        8,
+        9,
+    )
+
+
+def sparsify24(
+    x: Tensor, activation: str, select: str, energy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`inductor_sparse.ops.sparsify24`; ``energy`` is added to."""
+    if not takes(x):
+        return ops.sparsify24(x, activation, select, energy)
+    ops.check_energy("sparsify24", energy)
+    reference.check_sparsify24(x, activation, select)
+    M, K = x.shape
+    values = x.new_empty(formats.values_shape(M, K))
+    metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
+    kernel = triton_text.load(*SELECT_TEXT, "sparsify24_eager").sparsify24_kernel
+    tiles = metadata.shape[0] * -(-K // BLOCK_K)
+    with torch.cuda.device(x.device):
+        kernel[(tiles,)](
+            *(x, values, metadata, values if energy is None else energy),
+            *(M, K, *x.stride()),
+            **activation_constants(activation, select),
+            EVEN_K=K % BLOCK_K == 0,
+            HAS_ENERGY=energy is not None,
+            BLOCK_K=BLOCK_K,
+            num_warps=NUM_WARPS,
+        )
+    return values, metadata
+
+
+def sparsify24_quantized(
+    x: Tensor,
+    activation: str,
+    select: str,
+    dtype: torch.dtype,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`inductor_sparse.ops.sparsify24_quantized`; ``energy`` is added to."""
+    op = "sparsify24_quantized"
+    if not takes(x, dtype):
+        return ops.sparsify24_quantized(x, activation, select, dtype, energy)
+    ops.check_energy(op, energy)
+    reference.check_sparsify24_quantized(x, activation, select, dtype)
+    M, K = x.shape
+    values = x.new_empty(formats.values_shape(M, K), dtype=dtype)
+    metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
+    scales = x.new_empty(M, dtype=torch.float32)
+    module = triton_text.load(*QUANTIZED_TEXT, f"{op}_eager")
+    plan = row_plan(K)
+    with torch.cuda.device(x.device):
+        module.sparsify24_quantized_kernel[(metadata.shape[0] * formats.BLOCK,)](
+            *(x, values, metadata, scales, scales if energy is None else energy),
+            *(M, K, *x.stride()),
+            **activation_constants(activation, select),
+            FLOAT8=dtype == torch.float8_e4m3fn,
+            EVEN_K=K % plan.block_k == 0,
+            HAS_ENERGY=energy is not None,
+            BLOCK_K=plan.block_k,
+            WHOLE=plan.whole,
+            num_warps=plan.num_warps,
+        )
+    return values, metadata, scales
+
+
+_library = torch.library.Library(ops.NAMESPACE, "IMPL")
+_library.impl("sparsify24", sparsify24, "CUDA")
+_library.impl("sparsify24_quantized", sparsify24_quantized, "CUDA")
