@@ -216,8 +216,8 @@ def signature(
     They are values, w, the output if it is stored through TMA, metadata, the scales,
     then M, N and K.
     """
-    maps = 2 if epilogue.out_dtype is None else 3
-    pointers = 1 + has_row_scale + has_col_scale
+    maps = 3 if epilogue.out_dtype is None else 4
+    pointers = has_row_scale + has_col_scale
     return ("map",) * maps + ("pointer",) * pointers + ("int32",) * 3
 
 
@@ -237,7 +237,11 @@ def map_boxes(
     w = {"box": box, "swizzle": 128, "transposed": b_order == "k"}
     columns = config.store_columns
     out = {"box": (columns, 64), "swizzle": 2 * columns, "transposed": False}
-    return (values, w) if epilogue.out_dtype is None else (values, w, out)
+    # Copies of a plain run of bytes would move the words too, in 16-byte pieces: much
+    # slower, and 8-bit operands with two words for each thread wait for them.
+    metadata = {"box": (128, 1), "swizzle": 0, "transposed": False}
+    outputs = () if epilogue.out_dtype is None else (out,)
+    return (values, w, *outputs, metadata)
 
 
 @functools.cache

@@ -76,9 +76,13 @@ class TensorMap:
     def layout(self, tensor: Tensor) -> Layout:
         """What the driver is told about ``tensor``, checked against what it accepts.
 
+        A contiguous tensor of more axes is the matrix of its last axis.
+
         Raises:
             SparseKernelError: no map can be made of the tensor; says what to change.
         """
+        if tensor.dim() > 2 and tensor.is_contiguous():
+            tensor = tensor.flatten(0, -2)
         if tensor.dim() != 2:
             raise SparseKernelError(f"is {tensor.dim()}-D; a matrix is needed")
         if tensor.dtype not in ELEMENT_TYPES:
