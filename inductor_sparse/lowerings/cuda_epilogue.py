@@ -97,9 +97,12 @@ class EpiloguePrinter:
     Args:
         kernel: whose arguments are the epilogue's parameters.
         product: the kernel's own output, ``[M, N]`` row-major.
+        unreadable: names of buffers that the kernel fills besides.
     """
 
-    def __init__(self, kernel: Kernel, product: ir.Buffer) -> None:
+    def __init__(
+        self, kernel: Kernel, product: ir.Buffer, unreadable: Set[str] = frozenset()
+    ) -> None:
         self.kernel = kernel
         self.space = Space(*product.get_size())
         self.device = product.get_device()
@@ -111,7 +114,7 @@ class EpiloguePrinter:
             value = self.ops.rounded(value, dtype)
         self.product = name
         self.stored = {name: _Stored(value, self.space.row_major)}
-        self._refused: set[str] = set()
+        self._refused = set(unreadable)
 
     def fuse(self, node: SchedulerNode) -> bool:
         """Print ``node``; False, with the reason in ``refusals``, if it is refused."""
@@ -136,7 +139,7 @@ class EpiloguePrinter:
             raise Unsupported(f"ranges {ranges}, {reduced}")
         missing = {dep.name for dep in node.read_writes.reads} & self._refused
         if missing:
-            raise Unsupported(f"reads {sorted(missing)}, which other kernels compute")
+            raise Unsupported(f"reads {sorted(missing)}, which is not complete yet")
         for buffer in node.get_outputs():
             if not isinstance(buffer.node.get_output_spec(), ir.FixedLayout):
                 raise Unsupported(f"the layout of {buffer.get_name()}")
@@ -251,7 +254,7 @@ class EpiloguePrinter:
             self.ops.define(declared, f"epilogue::load({pointer}, {at}, {ok})")
             for at, ok in ((at0, "ok0"), (at1, "ok1"))
         ]
-        return Pair(*values, compute)
+        return Pair(values[0], values[1], compute)
 
     def _parameters(
         self, primary: str | None
@@ -322,10 +325,9 @@ class _NodeOps(PairOps):
     def index_expr(self, expr: sympy.Expr, dtype: torch.dtype) -> Pair:
         """The value of an index."""
         at = self._locate(expr)
-        texts = (
-            self.printer.index_text(index) for index in (at, where.next_column(at))
-        )
-        return self._cast(Pair(*texts, torch.int64), compute_dtype(dtype))
+        left = self.printer.index_text(at)
+        right = self.printer.index_text(where.next_column(at))
+        return self._cast(Pair(left, right, torch.int64), compute_dtype(dtype))
 
 
 class _Reads(DefaultHandler):

@@ -127,7 +127,7 @@ class PairOps(DefaultHandler):
             expression = text.format(*(getattr(pair, side) for pair in operands))
             expression = f"{cast}({expression})" if cast else expression
             sides.append(self.define(declared, expression))
-        return Pair(*sides, dtype)
+        return Pair(sides[0], sides[1], dtype)
 
     def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = [_operand(arg, args) for arg in args]

@@ -146,7 +146,9 @@ class CudaTemplateKernel(Kernel):
 
     def _render(self, scheduling: Any, epilogue_nodes: Sequence[Any]) -> str:
         self._scheduling = scheduling
-        printer = EpiloguePrinter(self, self.buffer)
+        written = [*(self.buffer.mutated_inputs or ()), *self.buffer.mutation_outputs]
+        names = {buffer.get_name() for buffer in written}
+        printer = EpiloguePrinter(self, self.buffer, names)
         with self:
             self._unfused = [n for n in epilogue_nodes if not printer.fuse(n)]
             for name in printer.stored:
