@@ -20,7 +20,6 @@ from typing import IO, Any
 import torch
 
 
-
 def _send(stream: IO[bytes], message: Any) -> None:
     body = io.BytesIO()
     torch.save(message, body)
@@ -84,7 +83,11 @@ def _patch_interpreter() -> None:
     torch_dtypes = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
     integers = {2: (np.int16, torch.int16), 1: (np.uint8, torch.uint8)}
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    cast, multiply, absolute = builder.cast_impl, builder.create_fmul, builder.create_fabs
+    cast, multiply, absolute = (
+        builder.cast_impl,
+        builder.create_fmul,
+        builder.create_fabs,
+    )
 
     def to_float32(data: Any, dtype: Any) -> Any:
         as_torch = torch_dtypes[dtype]

@@ -30,7 +30,8 @@ BLOCK_K = 64
 NUM_WARPS = 4
 """Columns and warps of a program of ``sparsify24``; its rows are always 64."""
 
-_LARGEST_WHOLE_ROW = 32768
+LARGEST_WHOLE_ROW = 32768
+"""Columns up to which a program of ``sparsify24_quantized`` holds its row."""
 
 _NON_NEGATIVE = 0
 _ORDERS = {"largest_abs": 1, "largest": 2}
@@ -50,7 +51,7 @@ def row_plan(features: int | None) -> RowPlan:
 
     A row that fits into the registers of a program is read once.
     """
-    if features is None or features > _LARGEST_WHOLE_ROW:
+    if features is None or features > LARGEST_WHOLE_ROW:
         return RowPlan(whole=False, block_k=8192, num_warps=8)
     block = max(formats.BLOCK, 1 << (features - 1).bit_length())
     return RowPlan(whole=True, block_k=block, num_warps=max(1, min(16, block // 1024)))
