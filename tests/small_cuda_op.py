@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from fake_cuda import Generated, cuda_sources
 from torch import Tensor
 from torch._inductor import ir
@@ -28,6 +30,22 @@ from inductor_sparse.lowerings.cuda_template import (
     allocate,
     wrapper_can_launch,
 )
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda y: F.relu(y).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "mish": F.mish,
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+}
+"""What follows a product in the models there are."""
 
 _library = torch.library.Library("small_cuda_op", "DEF")
 _library.define("mm(Tensor a, Tensor b) -> Tensor")

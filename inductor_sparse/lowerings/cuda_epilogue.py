@@ -18,6 +18,11 @@ If ``out_dtype`` is not None, the kernel stores one output itself: the 16-bit va
 ``ok``) of the row-major ``[M, N]`` buffer ``primary_buffer``, whose rows are a multiple
 of 16 bytes.  Every other store is in ``body``.
 
+Values are computed in float32, the product as it was accumulated: as in Inductor's own
+fused kernels, only what is stored is rounded.  With ``emulate_precision_casts`` the
+product is rounded first, like every step in eager mode.  Outside the output, values are
+those of some element inside.
+
 An in-kernel value is used only where a node reads exactly this thread's element; a node
 that reads another one, or has an op that cannot be printed, is refused and runs
 afterwards as a kernel of its own.

@@ -11,6 +11,7 @@ import small_cuda_op
 import torch
 import torch.nn.functional as F
 from fake_cuda import Generated, cuda_sources, generate
+from small_cuda_op import ACTIVATIONS
 from torch import Tensor
 
 Function = Callable[..., Any]
@@ -60,22 +61,6 @@ def operands(
     torch.manual_seed(0)
     shapes = ((M, 8), (8, N), (N,), (M, N))
     return tuple((torch.randn(shape) / 2).to(dtype) for shape in shapes)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu2": lambda y: F.relu(y).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "mish": F.mish,
-    "elu": F.elu,
-    "softplus": F.softplus,
-    "hardswish": F.hardswish,
-    "leaky_relu": F.leaky_relu,
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
