@@ -72,6 +72,12 @@ def test_torch_is_held_at_the_installed_version() -> None:
     assert held == "# why\nrich==15.0.0\ntorchfoo==1\ntorch==2.11.0+cpu\n"
 
 
+@pytest.mark.parametrize(("torch", "kept"), [("2.13.0+cpu", True), ("2.11.0", False)])
+def test_triton_is_pinned_beside_the_torch_it_fits(torch: str, kept: bool) -> None:
+    pins = "torch==2.13.0\ntriton==3.7.1\n"
+    assert ("triton==3.7.1\n" in setup_env.constraints_for(pins, torch)) == kept
+
+
 def test_committed_pin_is_one_version_of_torch() -> None:
     pins = setup_env.CONSTRAINTS.read_text()
     assert setup_env.pinned_torch(pins).startswith("torch==2.")

@@ -33,10 +33,14 @@ def pinned_torch(constraints: str) -> str:
 
 
 def constraints_for(constraints: str, torch_version: str) -> str:
-    """The same constraints, with torch held at ``torch_version`` instead."""
-    others = [
-        line for line in constraints.splitlines() if not line.startswith("torch=")
-    ]
+    """The same constraints, with torch held at ``torch_version`` instead.
+
+    Every torch wants a Triton of its own: another torch takes the pin away.
+    """
+    pinned = pinned_torch(constraints).removeprefix("torch==")
+    fits = torch_version.partition("+")[0] == pinned
+    names = ("torch=",) if fits else ("torch=", "triton=")
+    others = [line for line in constraints.splitlines() if not line.startswith(names)]
     return "\n".join([*others, f"torch=={torch_version}", ""])
 
 
