@@ -147,10 +147,21 @@ def _call(
     )
     if refusal is not None:
         raise Refused(refusal)
-    given = (x, w1, bias, energy)
-    vectors = [None if t is None else realize_inputs(t) for t in (bias, energy)]
-    vectors = [None if t is None else common.require_contiguous(t) for t in vectors]
-    return Call(given, _rows(x), _rows(w1), *vectors, activation, select)
+    return Call(
+        (x, w1, bias, energy),
+        _rows(x),
+        _rows(w1),
+        _contiguous(bias),
+        _contiguous(energy),
+        activation,
+        select,
+    )
+
+
+def _contiguous(tensor: ir.TensorBox | None) -> ir.IRNode | None:
+    if tensor is None:
+        return None
+    return common.require_contiguous(realize_inputs(tensor))
 
 
 def _rows(matrix: ir.TensorBox) -> ir.IRNode:

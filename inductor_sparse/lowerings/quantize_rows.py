@@ -13,6 +13,7 @@ Shape legend: ``M`` rows, ``K`` columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -148,7 +149,7 @@ def _can_generate(device: str, x: ir.TensorBox, dtype: torch.dtype) -> bool:
     return device == "cpu"
 
 
-def _divide_on(device: str) -> object:
+def _divide_on(device: str) -> Callable[[Any, Any], Any]:
     if device == "cpu":
         return ops.truediv
     return lambda a, b: ops.inline_asm_elementwise(
