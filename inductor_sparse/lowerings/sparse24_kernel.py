@@ -142,23 +142,21 @@ def plain_epilogue(out_dtype: torch.dtype, N: int) -> Epilogue:
     """
     if out_dtype in (torch.bfloat16, torch.float16) and N % 8 == 0:
         return Epilogue(out_dtype)
-    if out_dtype == torch.float32:
-        kind, value0, value1 = "float", "acc0", "acc1"
-    else:
-        kind = "u16"
+    code, kind, value0, value1 = "", "float", "acc0", "acc1"
+    if out_dtype != torch.float32:
         convert = "bf16" if out_dtype == torch.bfloat16 else "f16"
         code = (
             "DEVICE u16 round16(float x) {\n  u16 r;\n"
             f'  asm("cvt.rn.{convert}.f32 %0, %1;" : "=h"(r) : "f"(x));\n'
             "  return r;\n}"
         )
-        value0, value1 = "round16(acc0)", "round16(acc1)"
+        kind, value0, value1 = "u16", "round16(acc0)", "round16(acc1)"
     body = (
         f"if (ok0) out[m * N + n] = {value0};\nif (ok1) out[m * N + n + 1] = {value1};"
     )
     return Epilogue(
         None,
-        code="" if kind == "float" else code,
+        code=code,
         params=(f"{kind}* __restrict__ out",),
         body=body,
     )
