@@ -113,6 +113,13 @@ def is_packaging() -> bool:
     return V.aot_compilation is True
 
 
+def uses_cuda_graphs() -> bool:
+    """Whether what is compiled will be captured in CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
+
+
 def aot_graph_name() -> str:
     """The name Inductor's own dumps give the graph being compiled, or ``"graph"``."""
     context = torch._guards.TracingContext.try_get()

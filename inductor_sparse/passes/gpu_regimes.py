@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from inductor_sparse._compat import decide, size_hint
+from inductor_sparse._compat import decide, size_hint, uses_cuda_graphs
 from inductor_sparse.decisions import Decision, Reason
 from inductor_sparse.passes.choice import Choice, Regime
 from inductor_sparse.passes.gpu_obstacles import (
@@ -57,6 +57,7 @@ class Packing:
             self.from_dtype,
             pack_dtype=self.dtype,
             replaces_activation=self.replaces_activation,
+            graphs=uses_cuda_graphs(),
         )
 
     def min_tokens(self, K: int, N: int) -> int | None:
@@ -67,6 +68,7 @@ class Packing:
             self.from_dtype,
             pack_dtype=self.dtype,
             replaces_activation=self.replaces_activation,
+            graphs=uses_cuda_graphs(),
         )
 
 

@@ -60,6 +60,11 @@ _PACKED_FIXED_US = 6.0
 """Filling the pipeline, and the epilogue that nothing overlaps."""
 
 
+_DENSE_HOST_US = 60.0
+_PACKED_HOST_US = 95.0
+"""What a call takes on the host before a GPU without CUDA graphs can be kept busy."""
+
+
 def union_density(density: float, M: int) -> float:
     """The fraction of neurons that at least one of M independent tokens needs."""
     return float(1.0 - (1.0 - min(1.0, density)) ** M)
@@ -116,6 +121,7 @@ def prefill_gain(
     *,
     pack_dtype: str = "",
     replaces_activation: bool = True,
+    graphs: bool = False,
 ) -> float:
     """Expected dense time / time of packing and multiplying, for M tokens.
 
@@ -127,6 +133,7 @@ def prefill_gain(
         pack_dtype: of the packed operand; empty for the same.
         replaces_activation: whether packing takes the place of the kernel that writes
             the dense activation, as it does unless something else reads that too.
+        graphs: whether kernels are launched by CUDA graphs.
     """
     packed = pack_dtype or dtype
     read, write = _ITEMSIZE.get(dtype, 2), _ITEMSIZE.get(packed, 2)
@@ -136,6 +143,9 @@ def prefill_gain(
     packed_us = pack_us + _packed_us(M, K, N, packed)
     if replaces_activation:
         dense_us += activation_us
+    if not graphs:
+        dense_us = max(dense_us, _DENSE_HOST_US)
+        packed_us = max(packed_us, _PACKED_HOST_US)
     return round(dense_us / packed_us, 2)
 
 
@@ -147,6 +157,7 @@ def prefill_min_tokens(
     *,
     pack_dtype: str = "",
     replaces_activation: bool = True,
+    graphs: bool = False,
 ) -> int | None:
     """From how many tokens on packing is expected to win; None if it never is.
 
@@ -162,6 +173,7 @@ def prefill_min_tokens(
             dtype,
             pack_dtype=pack_dtype,
             replaces_activation=replaces_activation,
+            graphs=graphs,
         )
         return gain >= MARGIN
 

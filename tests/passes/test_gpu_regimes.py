@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._inductor import config as inductor_config
 from tracing import calls, rewrite, trace
 
 from inductor_sparse import profitability
@@ -223,6 +225,15 @@ def test_packages_run_without_python() -> None:
         assert decision.reason is Reason.NO_KERNEL_YET
         assert "AOTInductor" in decision.detail
         assert run(M=1)[1].op == "activation_spmm"
+
+
+def test_cuda_graphs_launch_small_products_in_no_time() -> None:
+    gain = functools.partial(profitability.cuda.prefill_gain, 512, 8192, 8192)
+    assert gain("bfloat16") < 1 < gain("bfloat16", graphs=True)
+    site = functools.partial(run, M=512)
+    assert site()[1].reason is Reason.NOT_PROFITABLE
+    with inductor_config.patch({"triton.cudagraphs": True}):
+        assert site()[1].op == "sparse24_mm"
 
 
 def test_thresholds_are_monotonic() -> None:
