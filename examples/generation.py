@@ -37,7 +37,7 @@ WARMUP = 2
 SMALL = {
     "vocab_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "word_embed_proj_dim": 128, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0,
+    "eos_token_id": 2, "pad_token_id": 0, "mlp_bias": True,
 }  # fmt: skip
 
 
@@ -98,6 +98,28 @@ def from_transformers(
     return LM(name, step, new_cache, prompt_BT)
 
 
+@torch.no_grad()
+def make_sparse(model: nn.Module, prompt_BT: Tensor) -> None:
+    """Choose biases that leave a tenth of the activations positive, as training would.
+
+    Random weights alone leave a half.
+    """
+
+    def shift(module: nn.Module, _: Any, z: Tensor) -> Tensor:
+        surplus = z.flatten()[:: max(1, z.numel() // 100_000)].quantile(0.9)
+        module.bias -= surplus
+        return z - surplus
+
+    hooks = [
+        module.register_forward_hook(shift)
+        for name, module in model.named_modules()
+        if name.endswith(("up_proj", "fc1"))
+    ]
+    model(prompt_BT)
+    for hook in hooks:
+        hook.remove()
+
+
 def load(
     name: str | None, config: str | None, prompt: int, new: int, device: str, dtype: Any
 ) -> LM:
@@ -114,13 +136,15 @@ def load(
         model = transformers.AutoModelForCausalLM.from_config(made)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(name)
-    model = model.to(device, dtype).eval().requires_grad_(False)
-    vocabulary = model.config.vocab_size
-    prompt_BT = torch.randint(3, vocabulary, (1, prompt)).to(device)
-    if name is not None:
+    model = model.to(device).eval().requires_grad_(False)
+    prompt_BT = torch.randint(3, model.config.vocab_size, (1, prompt)).to(device)
+    if name is None:
+        make_sparse(model, prompt_BT)
+    else:
         read = transformers.AutoTokenizer.from_pretrained(name)
         text = heldout_bytes()[: 8 * prompt].decode(errors="replace")
         prompt_BT = read(text, return_tensors="pt").input_ids[:, :prompt].to(device)
+    model = model.to(dtype)
     return from_transformers(model, name or config or "", prompt_BT, new, dtype)
 
 

@@ -51,7 +51,7 @@ def test_evicted_calls_have_a_span_each() -> None:
 
 def test_a_turn_lasts_until_the_clock_has_settled() -> None:
     one = captured(2, 3.0)
-    assert cuda_timing._replays(one, before=None) == 4
+    assert cuda_timing._replays(one, before=None) == 14
     assert cuda_timing._replays(one, before=lambda: None) == 1
 
 
@@ -69,5 +69,5 @@ def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert seen == [("a", 3, None), ("b", 3, None)]
     assert times == {"a": [6000.0] * 2, "b": [13000.0] * 2}
-    # Two replays measure the length of a turn: 2 of 6 ms, 1 of 13 ms.
-    assert [graphs[name].graph.replays for name in "ab"] == [2 + 2 * 2, 2 + 2 * 1]
+    # Two replays measure the length of a turn: 7 of 6 ms, 4 of 13 ms.
+    assert [graphs[name].graph.replays for name in "ab"] == [2 + 2 * 7, 2 + 2 * 4]
