@@ -27,8 +27,8 @@ from inductor_sparse.errors import SparseError
 BLOCK_US = 40_000.0
 """How long a variant that streams its data runs before the next has its turn.
 
-On a GPU at its power limit the ratio of two matmuls was the same from here up to running
-each alone, and 4 % higher with turns of 12 ms.
+On a GPU at its power limit the ratio of two matmuls was the same from here up to each
+alone, and 4 % higher with turns of 12 ms.
 """
 WARMUP_CALLS = 3
 
