@@ -62,16 +62,29 @@ inline float from_bits(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+// Of a float with MANTISSA bits below an exponent with BIAS: its size from the bits, and
+// back, rounded to nearest even.
+template <int MANTISSA, int BIAS> inline float unpack(unsigned bits) {
+  const int exponent = bits >> MANTISSA, mantissa = bits & ((1 << MANTISSA) - 1);
+  return exponent == 0 ? std::ldexp((float)mantissa, 1 - BIAS - MANTISSA)
+                       : std::ldexp((float)((1 << MANTISSA) + mantissa), exponent - BIAS - MANTISSA);
+}
+template <int MANTISSA, int BIAS> inline unsigned pack(float size) {
+  if (size < std::ldexp(1.0f, 1 - BIAS))
+    return (unsigned)std::nearbyint(std::ldexp(size, BIAS - 1 + MANTISSA));
+  int exponent;
+  const float fraction = std::frexp(size, &exponent);
+  return (unsigned)std::nearbyint(std::ldexp(fraction, MANTISSA + 1)) +
+         ((unsigned)(exponent + BIAS - 2) << MANTISSA);
+}
 inline float decode(float16 x) {
-  _Float16 half;
-  std::memcpy(&half, &x.bits, 2);
-  return (float)half;
+  const unsigned bits = x.bits & 0x7FFF;
+  const float size = bits > 0x7C00 ? NAN : bits == 0x7C00 ? INFINITY : unpack<10, 15>(bits);
+  return x.bits & 0x8000 ? -size : size;
 }
 inline float decode(e4m3 x) {
-  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-  const float size = exponent == 15 && mantissa == 7 ? NAN
-      : exponent == 0 ? std::ldexp((float)mantissa, -9)
-                      : std::ldexp(8.0f + mantissa, exponent - 10);
+  const unsigned bits = x.bits & 127;
+  const float size = bits == 127 ? NAN : unpack<3, 7>(bits);
   return x.bits & 128 ? -size : size;
 }
 inline void encode(bfloat16& to, float x) {
@@ -80,23 +93,13 @@ inline void encode(bfloat16& to, float x) {
   to.bits = x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 inline void encode(float16& to, float x) {
-  const _Float16 half = (_Float16)x;
-  std::memcpy(&to.bits, &half, 2);
+  const float size = std::fabs(x);
+  const unsigned bits = x != x ? 0x7FFF : size >= 65520.0f ? 0x7C00 : pack<10, 15>(size);
+  to.bits = bits | (std::signbit(x) ? 0x8000u : 0u);
 }
 inline void encode(e4m3& to, float x) {
   const float size = std::fabs(x);
-  unsigned bits;
-  if (x != x) {
-    bits = 127;
-  } else if (size > 448.0f) {
-    bits = 126;
-  } else if (size < 0.015625f) {
-    bits = (unsigned)std::nearbyint(size * 512.0f);
-  } else {
-    int exponent;
-    const float fraction = std::frexp(size, &exponent);
-    bits = (unsigned)std::nearbyint(fraction * 16.0f) + (unsigned)(exponent + 5) * 8;
-  }
+  const unsigned bits = x != x ? 127 : size > 448.0f ? 126 : pack<3, 7>(size);
   to.bits = bits | (std::signbit(x) ? 128u : 0u);
 }
 inline float maximum(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
