@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided
@@ -60,7 +61,7 @@ def tuned_sparsify24(
         return common.fallback(SPARSIFY24)(x, activation, select, energy)
     M, K = x.get_size()
     values = _empty(_values_shape(M, K), x.get_dtype(), x)
-    columns = activation_spmm_cuda.static_size(K)
+    columns = _known(K)
     block = sparsify24_cuda.BLOCK_K
     metadata = _run(
         SPARSIFY24_TEMPLATE,
@@ -89,7 +90,7 @@ def tuned_sparsify24_quantized(
     M, K = x.get_size()
     values = _empty(_values_shape(M, K), dtype, x)
     metadata = _empty(_metadata_shape(M, K), torch.int32, x)
-    columns = activation_spmm_cuda.static_size(K)
+    columns = _known(K)
     plan = sparsify24_cuda.row_plan(columns)
     row_scale = _run(
         QUANTIZED_TEMPLATE,
@@ -131,6 +132,11 @@ def _run(
         num_stages=1,
         **constants,
     )
+
+
+def _known(size: Any) -> int | None:
+    """A size if it is a number, None for a symbol."""
+    return int(size) if isinstance(size, (int, sympy.Integer)) else None
 
 
 def _values_shape(M: Any, K: Any) -> list[Any]:

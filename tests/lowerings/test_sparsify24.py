@@ -1,0 +1,141 @@
+"""``sparsify24`` in generated code for a GPU: one kernel, no spills, symbolic rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import Capability, compile_triton, generate
+from torch import Tensor
+
+from inductor_sparse.runtime import sparsify24_cuda
+
+sparse = torch.ops.inductor_sparse
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packing(
+    quantized: torch.dtype | None = None,
+    way: tuple[str, str] = ("relu2", "largest"),
+    energy: bool = False,
+) -> Callable[[Tensor], Any]:
+    """A function that packs its input, and sums energies if asked to."""
+
+    def pack(x: Tensor) -> Any:
+        slots = sparse.site_energy(x, "site") if energy else None
+        if quantized is None:
+            return sparse.sparsify24(x, *way, slots)
+        return sparse.sparsify24_quantized(x, *way, quantized, slots)
+
+    return pack
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("quantized", "way", "energy", "columns"),
+    [
+        (None, ("relu2", "largest"), True, 4096),
+        (None, ("identity", "largest_abs"), False, 1000),
+        (INT8, ("relu2", "largest"), False, 16384),
+        (INT8, ("identity", "largest"), False, 40000),
+        (E4M3, ("relu2", "largest"), True, 28672),
+        (E4M3, ("identity", "largest_abs"), False, 5000),
+    ],
+    ids=str,
+)
+def test_one_kernel_without_spills(
+    quantized: torch.dtype | None,
+    way: tuple[str, str],
+    energy: bool,
+    columns: int,
+    capability: Capability,
+    tmp_path: Path,
+) -> None:
+    if quantized == E4M3 and capability == (8, 0):
+        pytest.skip("no e4m3 there")
+    function = packing(quantized, way, energy)
+    made = generate(function, empty(512, columns), dynamic=512, capability=capability)
+    assert len(made.triton_kernels) == 1
+    assert "ops.inductor_sparse.sparsify24" not in made.code
+    (kernel,) = compile_triton(made, tmp_path, capability).values()
+    assert kernel.local == 0
+    if quantized is not None:
+        assert "div.rn.f32" in kernel.ptx and "div.full" not in kernel.ptx
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantized", [None, E4M3], ids=str)
+def test_other_dtypes(
+    dtype: torch.dtype, quantized: torch.dtype | None, tmp_path: Path
+) -> None:
+    made = generate(packing(quantized), empty(64, 4096, dtype=dtype))
+    (kernel,) = compile_triton(made, tmp_path).values()
+    assert kernel.local == 0
+
+
+def test_loads_and_stores_are_wide(tmp_path: Path) -> None:
+    made = generate(packing(), empty(128, 4096))
+    (kernel,) = compile_triton(made, tmp_path).values()
+    loads = [line for line in kernel.ptx.splitlines() if "ld.global" in line]
+    stores = [line for line in kernel.ptx.splitlines() if "st.global" in line]
+    assert loads and all(".v4.b32" in line for line in loads)
+    # What is kept of 16 loaded bytes are 8; no thread gives it to another.
+    assert sum(".v2.b32" in line for line in stores) == len(loads)
+
+
+def test_results_are_buffers_of_the_formats_shapes() -> None:
+    made = generate(packing(E4M3), empty(512, 1000), dynamic=512)
+    assert "empty_strided_cuda((s" in made.code
+    assert ", 512), (512, 1), torch.float8_e4m3fn)" in made.code
+    assert ", 16, 128), (2048, 128, 1), torch.int32)" in made.code
+    assert "math." not in made.code.split("def call(")[1]
+
+
+def test_a_linear_layer_before_it_is_not_recomputed() -> None:
+    def ffn(x: Tensor, w: Tensor) -> Any:
+        return sparse.sparsify24(x @ w.t(), "relu2", "largest")
+
+    made = generate(ffn, empty(100, 70), empty(130, 70))
+    assert made.code.count("extern_kernels.mm(") == 1
+    assert len(made.triton_kernels) == 1
+
+
+@pytest.mark.parametrize(
+    ("quantized", "x", "capability"),
+    [
+        (None, empty(64, 64, dtype=torch.float64), (9, 0)),
+        (None, empty(0, 64), (9, 0)),
+        (E4M3, empty(64, 64), (8, 0)),
+    ],
+    ids=["float64", "empty", "no e4m3"],
+)
+def test_what_the_kernels_do_not_take_is_left_to_the_op(
+    quantized: torch.dtype | None, x: Tensor, capability: Capability
+) -> None:
+    made = generate(packing(quantized), x, capability=capability)
+    assert "torch.ops.inductor_sparse.sparsify24" in made.code
+    assert made.triton_kernels == ()
+
+
+def test_rows_that_fit_are_read_once() -> None:
+    largest = sparsify24_cuda.LARGEST_WHOLE_ROW
+    for columns, whole in ((64, True), (largest, True), (largest + 1, False)):
+        made = generate(packing(INT8), empty(64, columns))
+        called = made.code.split("def triton_")[1].split("@triton.jit")[0]
+        assert ("sparsify24_whole_row(" in called) == whole
+        assert ("sparsify24_split_row(" in called) != whole
+    assert not sparsify24_cuda.row_plan(None).whole
+
+
+def test_energies_are_added_where_the_runtime_keeps_them() -> None:
+    made = generate(packing(energy=True), empty(64, 128))
+    assert "torch.ops.inductor_sparse.site_energy.default(" in made.code
+    assert "HAS_ENERGY : tl.constexpr = True" in made.code
+    assert not generate(packing(), empty(64, 128)).code.count("site_energy")

@@ -1,0 +1,215 @@
+"""The Triton kernels of ``sparsify24``, interpreted: the bits of the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_interpreter import Interpreter
+
+from inductor_sparse import formats, ops, reference
+from inductor_sparse.runtime import sparsify24_cuda
+
+pytest.importorskip("triton")
+
+INF, NAN = math.inf, math.nan
+FORMATS = (torch.int8, torch.float8_e4m3fn)
+WAYS = (
+    ("relu2", "largest"),
+    ("relu", "largest_abs"),
+    ("identity", "largest"),
+    ("identity", "largest_abs"),
+)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as process:
+        yield process
+
+
+def awkward(M: int, K: int, dtype: torch.dtype, finite: bool = False) -> Tensor:
+    """Ties, both zeros and numbers too small to square; NaN and Inf if allowed."""
+    generator = torch.Generator().manual_seed(M * K)
+    x = torch.randn(M, K, generator=generator) * 2
+    some: list[float] = [1.0, 1.0, -1.0, 0.0, -0.0, 1e-7, -1e-30]
+    some += [] if finite else [NAN, -NAN, INF, -INF]
+    which = torch.randint(2 * len(some), (M, K), generator=generator)
+    for i, value in enumerate(some):
+        x[which == i] = value
+    return x.to(dtype)
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> bool:
+    """Whether all bits agree, those of NaN aside."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    nan = actual.float().isnan() & expected.float().isnan()
+    return bool(((actual.view(bits) == expected.view(bits)) | nan).all())
+
+
+def packed(M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Results for a kernel to write, filled with what it must overwrite."""
+    values = torch.ones(formats.values_shape(M, K)).to(dtype)
+    return values, torch.full(formats.metadata_shape(M, K), -1, dtype=torch.int32)
+
+
+def select(
+    interpreter: Interpreter, x: Tensor, activation: str, select: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(values, metadata, energy)`` as the kernel computes them."""
+    M, K = x.shape
+    block = sparsify24_cuda.BLOCK_K
+    energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
+    _, *results = interpreter.run(
+        (*sparsify24_cuda.SELECT_TEXT, "sparsify24_eager"),
+        "sparsify24_kernel",
+        (-(-M // 64) * -(-K // block),),
+        *(x, *packed(M, K, x.dtype), energy, M, K, *x.stride()),
+        **sparsify24_cuda.activation_constants(activation, select),
+        EVEN_K=K % block == 0,
+        HAS_ENERGY=True,
+        BLOCK_K=block,
+    )[:4]
+    return tuple(results)
+
+
+@pytest.mark.parametrize("dtype", sparsify24_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_sparsify24(
+    interpreter: Interpreter, way: tuple[str, str], dtype: torch.dtype
+) -> None:
+    for M, K in ((1, 1), (63, 66), (65, 130), (64, 128)):
+        x = awkward(M, K, dtype)
+        values, metadata, _ = select(interpreter, x, *way)
+        expected = ops.sparsify24(x, *way)
+        assert torch.equal(metadata, expected[1])
+        assert same_bits(values, expected[0])
+
+
+NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, INF, -INF, NAN, 1e-45, -1e-45])
+
+
+@settings(max_examples=25)
+@given(
+    row=st.lists(NUMBERS | st.floats(width=16), min_size=1, max_size=70),
+    way=st.sampled_from(WAYS),
+    dtype=st.sampled_from(sparsify24_cuda.DTYPES),
+)
+def test_sparsify24_of_any_row(
+    interpreter: Interpreter, row: list[float], way: tuple[str, str], dtype: torch.dtype
+) -> None:
+    x = torch.tensor([row]).to(dtype)
+    values, metadata, _ = select(interpreter, x, *way)
+    expected = ops.sparsify24(x, *way)
+    assert torch.equal(metadata, expected[1])
+    assert same_bits(values, expected[0])
+
+
+def test_columns_may_be_far_apart(interpreter: Interpreter) -> None:
+    x = awkward(130, 70, torch.bfloat16).t()[:, ::2]
+    values, metadata, _ = select(interpreter, x, "relu2", "largest")
+    expected = ops.sparsify24(x, "relu2", "largest")
+    assert torch.equal(metadata, expected[1])
+    assert same_bits(values, expected[0])
+
+
+def test_energy(interpreter: Interpreter) -> None:
+    x = awkward(70, 130, torch.float16, finite=True)
+    values, _, energy = select(interpreter, x, "relu2", "largest")
+    total = torch.relu(x).square().double().square().sum()
+    expected = torch.stack((values.double().square().sum(), total))
+    torch.testing.assert_close(energy.sum(0), expected, rtol=1e-6, atol=0)
+    assert energy.count_nonzero() == 2 * 2 * 3  # a slot for each of 2 x 3 programs
+
+
+def test_of_a_large_matrix_an_eighth_is_summed(interpreter: Interpreter) -> None:
+    x = torch.ones(1024, 64, dtype=torch.bfloat16)
+    _, _, energy = select(interpreter, x, "relu", "largest")
+    assert energy.sum(0).tolist() == [2 * 64 * 32, 2 * 64 * 64]  # 2 of 16 programs
+
+
+def quantize(
+    interpreter: Interpreter,
+    x: Tensor,
+    way: tuple[str, str],
+    dtype: torch.dtype,
+    plan: sparsify24_cuda.RowPlan,
+) -> tuple[Tensor, ...]:
+    """``(values, metadata, row_scale)`` as the kernel computes them."""
+    M, K = x.shape
+    energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
+    results = (*packed(M, K, dtype), torch.full((M,), -1.0))
+    left = interpreter.run(
+        (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager"),
+        "sparsify24_quantized_kernel",
+        (-(-M // 64) * 64,),
+        *(x, *results, energy, M, K, *x.stride()),
+        **sparsify24_cuda.activation_constants(*way),
+        FLOAT8=dtype != torch.int8,
+        EVEN_K=K % plan.block_k == 0,
+        HAS_ENERGY=False,
+        BLOCK_K=plan.block_k,
+        WHOLE=plan.whole,
+    )
+    return tuple(left[1:4])
+
+
+def quantizable(K: int, dtype: torch.dtype) -> Tensor:
+    """A row of every kind that has a rule of its own."""
+    x = awkward(9, K, dtype, finite=True)
+    x[1], x[2], x[3, 1], x[4, 2] = 0.0, -0.0, NAN, INF
+    x[5, ::2] = -1e-9  # rounded away, and stored as +0.0
+    x[6] *= 1e-37
+    x[7] = torch.arange(K) - K // 2  # exact ties in int8
+    x[7, 0] = 127
+    return x
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("source", "K", "way", "whole"),
+    [
+        (torch.bfloat16, 130, WAYS[0], True),
+        (torch.float16, 64, WAYS[1], True),
+        (torch.bfloat16, 100, WAYS[2], True),
+        (torch.float32, 66, WAYS[3], True),
+        (torch.float16, 130, WAYS[3], False),
+        (torch.bfloat16, 128, WAYS[2], False),
+    ],
+    ids=str,
+)
+def test_sparsify24_quantized(
+    interpreter: Interpreter,
+    source: torch.dtype,
+    K: int,
+    way: tuple[str, str],
+    whole: bool,
+    dtype: torch.dtype,
+) -> None:
+    x = quantizable(K, source)
+    plan = sparsify24_cuda.row_plan(K)
+    if not whole:
+        plan = plan._replace(whole=False, block_k=64)
+    results = quantize(interpreter, x, way, dtype, plan)
+    expected = ops.sparsify24_quantized(x, *way, dtype)
+    assert torch.equal(results[1], expected[1])
+    assert same_bits(results[0], expected[0])
+    assert same_bits(results[2], expected[2])
+
+
+def test_the_kernels_know_the_constants_of_the_reference() -> None:
+    assert sparsify24_cuda.activation_constants("relu2", "largest_abs") == {
+        "RELU": True,
+        "SQUARE": True,
+        "ORDER": 0,
+    }
+    orders = [
+        sparsify24_cuda.activation_constants("identity", select)["ORDER"]
+        for select in reference.SELECTS
+    ]
+    assert orders == [2, 1]
