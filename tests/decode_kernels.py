@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import jinja2
 import torch
 from torch import Tensor
 
@@ -26,21 +27,22 @@ from inductor_sparse.lowerings import activation_spmm_cuda, glu_spmm_cuda
 _SPMM = '''
 @triton.jit
 def spmm(
-    Z, W, PARTIALS, LIST, M, K, N, stride_zm, stride_zk,
-    ACTIVATION: tl.constexpr, DOT_DTYPE: tl.constexpr, BM: tl.constexpr,
+    Z, W, PARTIALS, LIST, M, K, N, stride_zm, stride_zk, ACTIVATION: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    m = tl.program_id(2) * {{TOKENS}}
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
-    LIST += tl.program_id(2) * SPLITS * share_of_list(K, SPLITS, LOCAL)
+    lists = SPLITS * {{TOKENS + 1}} * share_of_list(K, SPLITS, LOCAL)
+    LIST += tl.program_id(2) * lists
     sums = sums_of_share(
         Z, W, LIST, split, m, n, M, N, K, stride_zm, stride_zk, N,
-        ACTIVATION, SPLITS, LOCAL, BM, BN, ROWS, STAGES, DOT_DTYPE,
+        ACTIVATION, SPLITS, LOCAL, BN, ROWS,
     )
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(PARTIALS + (split * M + m)[:, None] * N + n[None, :], sums, mask=inside)
+{%- for t in range(TOKENS) %}
+    inside = (m + {{t}} < M) & (n < N)
+    tl.store(PARTIALS + (split * M + m + {{t}}) * N + n, sums[{{t}}], mask=inside)
+{%- endfor %}
 
 
 @triton.jit
@@ -71,12 +73,14 @@ def up(
 '''
 
 
-def module(folder: Path) -> types.ModuleType:
-    """The two kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
+@functools.cache
+def kernels(folder: Path, tokens: int) -> types.ModuleType:
+    """The kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
     head = "import triton\nimport triton.language as tl\n\n\n"
     texts = (glu_spmm_cuda.helper_text() + _UP, activation_spmm_cuda.helper_text())
-    path = folder / f"decode_kernels_{os.getpid()}.py"
-    path.write_text(head + "\n\n".join(texts) + _SPMM, encoding="utf-8")
+    text = jinja2.Template("\n\n".join(texts) + _SPMM).render(TOKENS=tokens)
+    path = folder / f"decode_kernels_{os.getpid()}_{tokens}.py"
+    path.write_text(head + text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
@@ -88,22 +92,20 @@ def run_spmm(
     folder: Path, z: Tensor, w: Tensor, activation: str, **tile: int
 ) -> Tensor:
     """``act(z) @ w`` in float32."""
-    import triton.language as tl
-
     (M, K), N = z.shape, w.shape[1]
     made = activation_spmm_cuda.Tile(**{**_SMALL, **tile})
-    blocks, columns = -(-M // made.BM), -(-N // made.BN)
-    listed = torch.full((blocks * (K + 64 * made.SPLITS * made.LOCAL),), -1)
+    blocks, columns = -(-M // made.TOKENS), -(-N // made.BN)
+    module = kernels(folder, made.TOKENS)
+    share = -(-K // (made.SPLITS * made.LOCAL)) * made.LOCAL + made.LOCAL
+    listed = torch.full((blocks, made.SPLITS, 1 + made.TOKENS, share), -1)
     partials = torch.full((made.SPLITS, M, N), torch.nan)
     y = torch.full((M, N), torch.nan)
-    kernels(folder).spmm[(columns, made.SPLITS, blocks)](
+    module.spmm[(columns, made.SPLITS, blocks)](
         *(z, w, partials, listed.int(), M, K, N, *z.stride()),
         ACTIVATION=activation,
-        # Numpy multiplies no bfloat16; products of them are exact in float32.
-        DOT_DTYPE=tl.float32,
-        **{k: v for k, v in vars(made).items() if k != "num_warps"},
+        **{k: v for k, v in vars(made).items() if k not in ("TOKENS", "num_warps")},
     )
-    kernels(folder).total[(columns, M, 1)](
+    module.total[(columns, M, 1)](
         partials, y, M, N, SPLITS=made.SPLITS, BN=made.BN, AT_ONCE=2
     )
     return y
@@ -118,7 +120,7 @@ def run_up(
     (M, F), D = gate.shape, x.shape[1]
     made = glu_spmm_cuda.UpTile(**{**_SMALL_UP, **tile})
     hidden = torch.full((M, F), torch.nan, dtype=gate.dtype)
-    kernels(folder).up[(-(-F // made.LOCAL), -(-M // made.BM))](
+    kernels(folder, 1).up[(-(-F // made.LOCAL), -(-M // made.BM))](
         *(gate, x, w, hidden, M, F, D),
         ACTIVATION=activation,
         DOT_DTYPE=tl.float32,
@@ -128,18 +130,14 @@ def run_up(
 
 
 _SMALL = {
-    "BM": 1,
+    "TOKENS": 1,
     "BN": 32,
     "SPLITS": 3,
     "LOCAL": 32,
-    "ROWS": 16,
-    "STAGES": 1,
+    "ROWS": 8,
     "num_warps": 1,
 }
 _SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
-
-kernels = functools.cache(module)
-
 
 class Interpreter:
     """A process in which Triton interprets: it has to know before it is imported."""
@@ -162,3 +160,43 @@ def interpreter(folder: Path) -> Iterator[Interpreter]:
     made = Interpreter(folder)
     with made.pool:
         yield made
+
+
+def compile_for_amd(folder: Path, tokens: int) -> dict[str, str]:
+    """The assembly of each kernel for gfx942, in bfloat16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = kernels(folder, tokens)
+    target = GPUTarget("hip", "gfx942", 64)
+    made = {}
+    for name, constants in _amd_constants(tokens).items():
+        kernel = getattr(module, name)
+        signature = {
+            argument: "constexpr" if argument in constants else _TYPES.get(argument, "i32")
+            for argument in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature, constants)
+        compiled = triton.compile(source, target=target, options={"num_warps": 4})
+        made[name] = compiled.asm["amdgcn"]
+    return made
+
+
+_TYPES = {"PARTIALS": "*fp32", "LIST": "*i32"}
+_TYPES |= dict.fromkeys(("Z", "W", "Y", "GATE", "X", "H"), "*bf16")
+
+
+def _amd_constants(tokens: int) -> dict[str, dict[str, Any]]:
+    import triton.language as tl
+
+    spmm = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, torch.bfloat16, 304)
+    up = glu_spmm_cuda.choose_up_tile(tokens, 4096, torch.bfloat16)
+    taken = ("TOKENS", "num_warps")
+    return {
+        "spmm": {k: v for k, v in vars(spmm).items() if k not in taken}
+        | {"ACTIVATION": "relu2"},
+        "total": {"SPLITS": spmm.SPLITS, "BN": 32, "AT_ONCE": 128},
+        "up": {k: v for k, v in vars(up).items() if k not in taken}
+        | {"ACTIVATION": "relu", "DOT_DTYPE": tl.bfloat16},
+    }

@@ -30,7 +30,7 @@ from torch.utils._sympy.functions import CeilDiv
 from inductor_sparse import templates
 from inductor_sparse.lowerings import common
 
-MAX_BLOCK_M = 16
+MAX_TOKENS = 8
 """Tokens of a program; more of them are the business of more programs."""
 
 DOT_DTYPES = {
@@ -40,17 +40,27 @@ DOT_DTYPES = {
 }
 """The dtypes the kernels take, and what they multiply in."""
 
+_WARP_BYTES = 512
+"""Of a row of ``w`` that a warp loads: 16 of each lane."""
+
+_MAX_WARPS = 4
+
+_RESIDENT = {1: 4, 2: 4, 4: 3, 8: 2}
+"""Tokens of a program -> programs that a multiprocessor has registers for.  All have to
+run at once: the first thing each of them does is to wait for memory three times."""
+
+_MAX_LOCAL = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """How a product is cut into programs; the names are those of the template."""
 
-    BM: int
+    TOKENS: int
     BN: int
     SPLITS: int
     LOCAL: int
     ROWS: int
-    STAGES: int
     num_warps: int
 
 
@@ -62,7 +72,7 @@ def power_of_2(number: int) -> int:
 def choose_tile(
     tokens: int | None, K: int, N: int, dtype: torch.dtype, processors: int
 ) -> Tile:
-    """The tile for ``tokens`` rows, or for an unknown number of them (None).
+    """The tile for up to ``tokens`` rows, or for an unknown number of them (None).
 
     Args:
         tokens: rows of one product.
@@ -71,20 +81,21 @@ def choose_tile(
         dtype: of the operands.
         processors: multiprocessors of the GPU.
     """
-    block = MAX_BLOCK_M if tokens is None else min(MAX_BLOCK_M, power_of_2(tokens))
-    columns = (1024 if block == 1 else 128) * 2 // dtype.itemsize
-    columns = max(32, min(columns, power_of_2(N)))
-    tiles = -(-N // columns) * (1 if tokens is None else -(-tokens // block))
-    splits = max(1, min(-(-K // 16), 4 * processors // tiles))
+    block = MAX_TOKENS if tokens is None else min(MAX_TOKENS, power_of_2(tokens))
+    # Whole warps side by side in one row: no sum crosses them.
+    a_warp = _WARP_BYTES // dtype.itemsize
+    warps = min(_MAX_WARPS, power_of_2(-(-N // a_warp)))
+    programs = _RESIDENT[block] * processors * _MAX_WARPS // warps
+    tiles = -(-N // (warps * a_warp)) * (1 if tokens is None else -(-tokens // block))
+    splits = max(1, min(-(-K // 16), programs // tiles))
     share = -(-K // (16 * splits)) * 16
     return Tile(
-        BM=block,
-        BN=columns,
+        TOKENS=block,
+        BN=warps * a_warp,
         SPLITS=splits,
-        LOCAL=max(16, min(power_of_2(share), 2048 // block)),
-        ROWS=8 if block == 1 else 32,
-        STAGES=1,
-        num_warps=4,
+        LOCAL=min(power_of_2(share), _MAX_LOCAL),
+        ROWS=8,
+        num_warps=warps,
     )
 
 
@@ -98,7 +109,7 @@ MAX_AT_ONCE = 128
 @SymbolicGridFn
 def _grid(splits: Any, *size: Any, cdiv: Any) -> tuple[Any, ...]:
     *batch, m, n, meta = size
-    blocks = cdiv(m, meta["BM"])
+    blocks = cdiv(m, meta["TOKENS"])
     return (cdiv(n, meta["BN"]), splits, blocks * (batch[0] if batch else 1))
 
 
@@ -155,10 +166,11 @@ def product(z: ir.TensorBox, w: ir.TensorBox, activation: str) -> ir.TensorBox:
     N = w.get_size()[-1]
     device, dtype = z.get_device(), z.get_dtype()
     tile = choose_tile(
-        static_size(M), size_hint(K), size_hint(N), dtype, processors(device)
+        most(M), size_hint(K), size_hint(N), dtype, processors(device)
     )
     share = CeilDiv(CeilDiv(CeilDiv(K, 16), tile.SPLITS) * 16, tile.LOCAL) * tile.LOCAL
-    count = sympy.prod(batch) * CeilDiv(M, tile.BM) * tile.SPLITS * share
+    blocks = CeilDiv(M, tile.TOKENS) * sympy.prod(batch)
+    count = blocks * tile.SPLITS * (1 + tile.TOKENS) * share
     scratch = empty_strided([count], [1], dtype=torch.int32, device=device)
     inputs = [*realize_inputs(z, w, scratch)]
     size = [tile.SPLITS, *batch, M, N]
@@ -169,8 +181,7 @@ def product(z: ir.TensorBox, w: ir.TensorBox, activation: str) -> ir.TensorBox:
         mutated_inputs=inputs[2:],
         BATCHED=bool(batch),
         ACTIVATION=repr(activation),
-        DOT_DTYPE=DOT_DTYPES[dtype],
-        num_stages=tile.STAGES,
+        num_stages=1,
         **dataclasses.asdict(tile),
     )
     return choose(
@@ -207,9 +218,10 @@ def choose(
     return chosen[0] if isinstance(chosen, tuple) else chosen
 
 
-def static_size(size: Any) -> int | None:
-    """A size if it is a number, None for a symbol."""
-    return int(size) if isinstance(size, (int, sympy.Integer)) else None
+def most(size: Any) -> int | None:
+    """A size, or the bound that guards have put on it, or None."""
+    upper = V.graph.sizevars.shape_env.bound_sympy(sympy.sympify(size)).upper
+    return int(upper) if upper.is_Integer else None
 
 
 def size_hint(size: Any) -> int:

@@ -37,7 +37,7 @@ class UpTile:
 
 def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
     """The tile for ``tokens`` rows, or for an unknown number of them (None)."""
-    most = activation_spmm_cuda.MAX_BLOCK_M
+    most = activation_spmm_cuda.MAX_TOKENS
     power_of_2 = activation_spmm_cuda.power_of_2
     block = most if tokens is None else min(most, power_of_2(tokens))
     features = (1024 if block == 1 else 256) * 2 // dtype.itemsize
@@ -79,7 +79,7 @@ def product(
     gate, x, w_up = inputs = realize_inputs(gate, x, w_up)
     M, F = gate.get_size()
     dtype = gate.get_dtype()
-    tokens = activation_spmm_cuda.static_size(M)
+    tokens = activation_spmm_cuda.most(M)
     features = activation_spmm_cuda.size_hint(w_up.get_size()[1])
     tile = choose_up_tile(tokens, features, dtype)
     layout = ir.FixedLayout(gate.get_device(), dtype, [M, F])
