@@ -63,7 +63,7 @@ def test_one_kernel_without_spills(
     function = packing(quantized, way, energy)
     made = generate(function, empty(512, columns), dynamic=512, capability=capability)
     assert len(made.triton_kernels) == 1
-    assert "ops.inductor_sparse.sparsify24" not in made.code
+    assert "= torch.ops.inductor_sparse.sparsify24" not in made.code
     (kernel,) = compile_triton(made, tmp_path, capability).values()
     assert kernel.local == 0
     if quantized is not None:
@@ -120,7 +120,7 @@ def test_what_the_kernels_do_not_take_is_left_to_the_op(
     quantized: torch.dtype | None, x: Tensor, capability: Capability
 ) -> None:
     made = generate(packing(quantized), x, capability=capability)
-    assert "torch.ops.inductor_sparse.sparsify24" in made.code
+    assert "= torch.ops.inductor_sparse.sparsify24" in made.code
     assert made.triton_kernels == ()
 
 
