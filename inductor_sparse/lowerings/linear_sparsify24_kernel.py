@@ -124,6 +124,7 @@ def kernel_source(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     return environment.from_string(text).render(
         **dataclasses.asdict(tile),
+        hopper=templates.load("cuda/hopper.cuh"),
         name=name,
         dtype=DTYPE_NAMES[dtype],
         square=activation == "relu2",

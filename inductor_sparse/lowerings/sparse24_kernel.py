@@ -186,6 +186,7 @@ def kernel_source(
     """
     return _template().render(
         **dataclasses.asdict(config),
+        hopper=templates.load("cuda/hopper.cuh"),
         name=name,
         dtype=DTYPE_NAMES[dtype],
         b_order=b_order,
