@@ -57,7 +57,7 @@ def test_packing(tmp_path: Path) -> None:
 
 
 def test_decoding_has_its_rivals(tmp_path: Path) -> None:
-    size = ("--size", "1024x4096", "--tokens", "1", "--dtype", "bfloat16")
+    size = ("--size", "4096x16384", "--tokens", "1", "--dtype", "bfloat16")
     argv = (*size, "--op", "down", "--density", "0.1", "--settings", "default")
     (row,) = rows(tmp_path, "ffn", *argv)
     assert (row["stacked"], row["sites_applied"]) == (16, 16)
