@@ -45,7 +45,7 @@ _WARP_BYTES = 512
 
 _MAX_WARPS = 4
 
-_RESIDENT = {1: 4, 2: 4, 4: 3, 8: 2}
+_RESIDENT = {1: 4, 2: 4, 4: 4, 8: 2}
 """Tokens of a program -> programs that a multiprocessor has registers for.  All have to
 run at once: the first thing each of them does is to wait for memory three times."""
 
@@ -94,7 +94,7 @@ def choose_tile(
         BN=warps * a_warp,
         SPLITS=splits,
         LOCAL=min(power_of_2(share), _MAX_LOCAL),
-        ROWS=8,
+        ROWS=4 if block == 4 else 8,  # as many as there are registers for
         num_warps=warps,
     )
 

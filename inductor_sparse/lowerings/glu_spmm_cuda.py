@@ -40,7 +40,7 @@ def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
     most = activation_spmm_cuda.MAX_TOKENS
     power_of_2 = activation_spmm_cuda.power_of_2
     block = most if tokens is None else min(most, power_of_2(tokens))
-    features = (1024 if block == 1 else 256) * 2 // dtype.itemsize
+    features = (2048 if block == 1 else 256) * 2 // dtype.itemsize
     return UpTile(
         BM=block,
         LOCAL=32,

@@ -1,0 +1,113 @@
+"""Decode kernels as Inductor generates them: fused, and compiled for several GPUs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import decode_kernels
+import fake_cuda
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OPS = torch.ops.inductor_sparse
+ARCHES = [(8, 0), (8, 9), (9, 0), (10, 0)]
+PREDICATES = 16
+"""Bytes of stack in which the assembler keeps predicates: there are only seven."""
+
+
+def meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def product(M: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return meta(M, 16384, dtype=dtype), meta(16384, 4096, dtype=dtype)
+
+
+def gated(M: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    sizes = ((M, 14336), (M, 4096), (14336, 4096), (14336, 4096))
+    return tuple(meta(*size, dtype=dtype) for size in sizes)
+
+
+def test_what_follows_is_done_where_the_splits_are_added_up() -> None:
+    def fn(z: Tensor, w: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        y = OPS.activation_spmm(z, w, "relu2") + bias
+        return F.gelu(y) * 2 + residual
+
+    made = fake_cuda.generate(fn, meta(2, 96), meta(96, 80), meta(80), meta(2, 80))
+    assert len(made.kernels) == 2
+    first, second = made.triton_kernels
+    sources = fake_cuda.triton_sources(made.code)
+    assert "erf" not in sources[first]
+    assert "erf" in sources[second]
+
+
+def test_three_dimensions_behind_a_view() -> None:
+    def fn(z: Tensor, w: Tensor, residual: Tensor) -> Tensor:
+        y = OPS.activation_spmm(z.view(-1, 96), w, "relu")
+        return y.view(2, 1, 80) + residual
+
+    made = fake_cuda.generate(fn, meta(2, 1, 96), meta(96, 80), meta(2, 1, 80))
+    assert len(made.kernels) == 2
+
+
+def test_a_gated_product_is_three_kernels() -> None:
+    def fn(*tensors: Tensor) -> Tensor:
+        *operands, residual = tensors
+        return OPS.glu_spmm(*operands, "relu") + residual
+
+    tensors = (*gated(1, torch.bfloat16), meta(1, 4096))
+    assert len(fake_cuda.generate(fn, *tensors).kernels) == 3
+
+
+def test_a_batch_and_an_unknown_number_of_tokens_are_two_kernels_each() -> None:
+    def fn(z: Tensor, w: Tensor, other: Tensor) -> Tensor:
+        return OPS.activation_spmm(z, w, "relu") * other
+
+    batch = fake_cuda.generate(fn, meta(3, 2, 96), meta(3, 96, 80), meta(3, 2, 80))
+    assert len(batch.kernels) == 2
+    tokens = fake_cuda.generate(
+        fn, meta(7, 96), meta(96, 80), meta(7, 80), dynamic=(7,)
+    )
+    assert len(tokens.kernels) == 2
+
+
+def test_other_operands_call_the_op() -> None:
+    def fn(z: Tensor, w: Tensor) -> Tensor:
+        return OPS.activation_spmm(z, w, "relu")
+
+    double = torch.float64
+    made = fake_cuda.generate(fn, meta(1, 96, dtype=double), meta(96, 80, dtype=double))
+    assert made.kernels == ()
+    assert "activation_spmm.default" in made.code
+
+
+@pytest.mark.parametrize("capability", ARCHES)
+def test_nothing_is_spilled(capability: tuple[int, int], tmp_path: Path) -> None:
+    def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
+        z, w, *rest = tensors
+        return OPS.activation_spmm(z, w, "relu2"), OPS.glu_spmm(*rest, "relu")
+
+    dtypes = (torch.bfloat16, torch.float32)
+    for M, dtype in ((M, dtype) for dtype in dtypes for M in (1, 2, 8)):
+        tensors = (*product(M, dtype), *gated(M, dtype))
+        made = fake_cuda.generate(fn, *tensors, capability=capability)
+        folder = tmp_path / f"{M}_{dtype}"
+        folder.mkdir()
+        kernels = fake_cuda.compile_triton(made, folder, capability)
+        assert len(kernels) in (4, 5)  # two of them may be the same
+        spilled = {name: k.local for name, k in kernels.items() if k.local > PREDICATES}
+        assert not spilled, (M, dtype, spilled)
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_an_amd_gpu_is_compiled_for(
+    M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    code = decode_kernels.compile_for_amd(tmp_path, M)
+    assert set(code) == {"spmm", "total", "up"}
+    for text in code.values():
+        assert re.findall(r"vgpr_spill_count: *(\d+)", text) == ["0"]
