@@ -207,10 +207,11 @@ class _Bench:
         options = self._sparse_options() if sparse else None
         best: Variant | None = None
         medians: dict[str, float] = {}
+        self.compile_s[backend] = 0.0
         for setting in self.sweep.settings:
             self.report(f"{self.label}: compiling {backend}, {setting.name}")
             variant = compile_variant(model, backend, setting, inputs, options)
-            self.compile_s[backend] = self.compile_s.get(backend, 0) + variant.compile_s
+            self.compile_s[backend] += variant.compile_s
             medians[setting.name] = self.screen(variant, inputs)
             if best is not None and medians[best.setting.name] <= medians[setting.name]:
                 variant.close()
