@@ -57,20 +57,22 @@ HELP: dict[str, str] = {
     ),
     "max_dropped_energy": (
         "A site whose planned 2:4 loss (the part of the activation's sum of squares "
-        "that is dropped) is above this is not rewritten to 2:4; the root of it is "
-        "about the relative error of the product."
+        "that is dropped) is above this is not rewritten to 2:4, and one without a "
+        "plan is named in a warning when it drops more; the root of it is about the "
+        "relative error of the product."
     ),
     "quantize": (
-        "Run both matmuls of a ReLU² or ReLU FFN in 8 bits where a device has kernels "
-        "for it, each row of weights and activations with its own scale; weights are "
-        "quantized once."
+        "Run both matmuls of a ReLU² or ReLU FFN in 8 bits where the second one is "
+        "packed 2:4 and the device has kernels for it, each row of weights and "
+        "activations with its own scale; weights are quantized once."
     ),
     "allow_unverified": (
         "Use kernels that never ran on this kind of device; without it such sites stay "
         "dense."
     ),
     "adaptive": (
-        "Let a site that is observed too dense to win at run time go back to dense."
+        "Let a site that is observed too dense to win at run time go back to dense; "
+        "on a GPU, count what 2:4 drops."
     ),
 }
 """One line of help for each option; ``docs/options.md`` is generated from it."""

@@ -89,7 +89,10 @@ def check_kernel_cache() -> Outcome:
             return passed(str(folder))
     except OSError as error:
         detail = f"{folder}: {error.strerror}; kernels are compiled in every process"
-        remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder you can write"
+        remedy = (
+            "set INDUCTOR_SPARSE_CACHE_DIR, or TORCHINDUCTOR_CACHE_DIR for all caches, "
+            "to a folder you can write"
+        )
         return CheckStatus.WARN, detail, remedy
 
 
@@ -138,7 +141,7 @@ CHECKS: tuple[NamedCheck, ...] = (
     ("GPUs", check_devices, "check the driver with nvidia-smi"),
     ("triton", check_triton, "pip install --force-reinstall triton"),
     ("CUDA C++ compiler", check_nvrtc, INSTALL_CUDA),
-    ("CUDA kernel cache", check_kernel_cache, "set TORCHINDUCTOR_CACHE_DIR"),
+    ("CUDA kernel cache", check_kernel_cache, "set INDUCTOR_SPARSE_CACHE_DIR"),
     ("cuSPARSELt", check_cusparselt, "reinstall torch"),
     ("GPU kernels", check_kernels, "reinstall inductor-sparse"),
 )

@@ -17,7 +17,7 @@ def missing_package(op: str, arch: str) -> str:
         return ""
     if op == "sparse24_mm":
         return (nvrtc.unavailable_reason() or "") if arch == "sm_90" else ""
-    return "" if _has_triton() else "triton is missing; reinstall torch with its extras"
+    return "" if _has_triton() else "triton is missing; run: pip install triton"
 
 
 @functools.cache
