@@ -47,17 +47,20 @@ HINTS: dict[Reason, str] = {
         "there is no kernel for this device and dtype, or a package that compiles it "
         "is missing; see the detail"
     ),
-    Reason.ARCH_UNSUPPORTED: "no kernel is known to work on this architecture of GPU",
+    Reason.ARCH_UNSUPPORTED: (
+        "there is no kernel for this architecture of GPU; nothing needs to be done"
+    ),
     Reason.KERNEL_UNVERIFIED: (
         "the kernel never ran on this architecture of GPU; sparse.allow_unverified "
         "lets it run"
     ),
     Reason.NOT_PROFITABLE: (
-        "skipping zeros would not be faster at these sizes; nothing needs to be done"
+        "a sparse kernel would not be faster at these sizes; nothing needs to be done"
     ),
     Reason.TOO_DENSE: (
-        "too many non-zeros were measured; raise sparse.max_density only if the "
-        "benchmark of your shapes says that it pays"
+        "too many non-zeros, or too much energy that 2:4 would drop, were measured; "
+        "raise sparse.max_density only if the benchmark of your shapes says that it "
+        "pays, sparse.max_dropped_energy only if the model tolerates it"
     ),
     Reason.RULE_DISABLED: "the rule is named in sparse.disabled_rules; remove it there",
 }
