@@ -24,7 +24,7 @@ from torch import Tensor
 
 from inductor_sparse.lowerings import activation_spmm_cuda, glu_spmm_cuda
 
-_SPMM = '''
+_SPMM = """
 @triton.jit
 def spmm(
     Z, W, PARTIALS, LIST, M, K, N, stride_zm, stride_zk, ACTIVATION: tl.constexpr,
@@ -53,9 +53,9 @@ def total(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     y = sum_of_splits(PARTIALS, row, n, M, N, SPLITS, BN, AT_ONCE)
     tl.store(Y + row * N + n, y, mask=n < N)
-'''
+"""
 
-_UP = '''
+_UP = """
 @triton.jit
 def up(
     GATE, X, W, H, M, F, D,
@@ -70,7 +70,7 @@ def up(
     )
     inside = (m < M)[:, None] & (f < F)[None, :]
     tl.store(H + m[:, None] * F + f[None, :], hidden, mask=inside)
-'''
+"""
 
 
 @functools.cache
@@ -139,6 +139,7 @@ _SMALL = {
 }
 _SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
 
+
 class Interpreter:
     """A process in which Triton interprets: it has to know before it is imported."""
 
@@ -171,15 +172,13 @@ def compile_for_amd(folder: Path, tokens: int) -> dict[str, str]:
     module = kernels(folder, tokens)
     target = GPUTarget("hip", "gfx942", 64)
     made = {}
-    for name, constants in _amd_constants(tokens).items():
-        kernel = getattr(module, name)
-        signature = {
-            argument: "constexpr" if argument in constants else _TYPES.get(argument, "i32")
-            for argument in kernel.arg_names
-        }
+    for kernel_name, constants in _amd_constants(tokens).items():
+        kernel = getattr(module, kernel_name)
+        signature = {name: _TYPES.get(name, "i32") for name in kernel.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, signature, constants)
         compiled = triton.compile(source, target=target, options={"num_warps": 4})
-        made[name] = compiled.asm["amdgcn"]
+        made[kernel_name] = compiled.asm["amdgcn"]
     return made
 
 

@@ -165,9 +165,7 @@ def product(z: ir.TensorBox, w: ir.TensorBox, activation: str) -> ir.TensorBox:
     *batch, M, K = z.get_size()
     N = w.get_size()[-1]
     device, dtype = z.get_device(), z.get_dtype()
-    tile = choose_tile(
-        most(M), size_hint(K), size_hint(N), dtype, processors(device)
-    )
+    tile = choose_tile(most(M), size_hint(K), size_hint(N), dtype, processors(device))
     share = CeilDiv(CeilDiv(CeilDiv(K, 16), tile.SPLITS) * 16, tile.LOCAL) * tile.LOCAL
     blocks = CeilDiv(M, tile.TOKENS) * sympy.prod(batch)
     count = blocks * tile.SPLITS * (1 + tile.TOKENS) * share

@@ -43,10 +43,19 @@ def dense(*size: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(size, device="cuda") / size[-2] ** 0.5).to(dtype)
 
 
+def check(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Within the budget; few float32 products may be summed exactly by luck."""
+    if actual.dtype != FP32:
+        assert_within_budget(actual, eager, exact)
+        return
+    largest = exact.nan_to_num(0, 0, 0).abs().max().item()
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-6 * largest)
+
+
 def check_product(actual: Tensor, z: Tensor, w: Tensor, activation: str) -> None:
     a = reference.activation(z, activation)
     exact = reference.activation_spmm(a.double(), w.double(), "identity")
-    assert_within_budget(actual, a @ w.nan_to_num(0, 0, 0), exact)
+    check(actual, a @ w.nan_to_num(0, 0, 0), exact)
 
 
 @pytest.mark.parametrize(("M", "dtype"), CASES)
@@ -116,8 +125,9 @@ def test_an_epilogue_and_any_number_of_tokens() -> None:
 def test_gated(M: int, dtype: torch.dtype) -> None:
     torch.manual_seed(M)
     fn = compiled(lambda *t: OPS.glu_spmm(*t, "relu"))
-    x, w_up = torch.randn(M, 520, device="cuda", dtype=dtype), dense(520, 3000, dtype=dtype)
-    w_up, w_down = w_up.t().contiguous(), dense(3000, 392, dtype=dtype)
+    x = torch.randn(M, 520, device="cuda", dtype=dtype)
+    w_up = dense(520, 3000, dtype=dtype).t().contiguous()
+    w_down = dense(3000, 392, dtype=dtype)
     w_up[3], w_down[3] = torch.inf, torch.nan
     for density in DENSITIES:
         gate = sparse(M, 3000, density=density, dtype=dtype)
@@ -126,7 +136,7 @@ def test_gated(M: int, dtype: torch.dtype) -> None:
         exact = reference.glu_spmm(*wide, "relu")
         eager = reference.glu_spmm(gate, x, w_up, w_down, "relu")
         actual = fn(gate, x, w_up, w_down)
-        assert_within_budget(actual, eager, exact)
+        check(actual, eager, exact)
         assert torch.equal(fn(gate, x, w_up, w_down), actual), "not the same twice"
 
 
@@ -134,8 +144,8 @@ def test_gated(M: int, dtype: torch.dtype) -> None:
 def test_a_cuda_graph_replays_with_other_densities(M: int) -> None:
     torch.manual_seed(0)
     fn = compiled(lambda *t: OPS.glu_spmm(*t, "relu") + 1)
-    x, w_up = torch.randn(M, 256, device="cuda", dtype=BF16), dense(1000, 256, dtype=BF16)
-    w_down = dense(1000, 256, dtype=BF16)
+    x = torch.randn(M, 256, device="cuda", dtype=BF16)
+    w_up, w_down = dense(1000, 256, dtype=BF16), dense(1000, 256, dtype=BF16)
     gate = sparse(M, 1000, density=0.1, dtype=BF16)
     fn(gate, x, w_up, w_down)
     torch.cuda.synchronize()

@@ -116,5 +116,3 @@ def test_hidden_values(
     a = reference.activation(gate, activation).double()
     exact = torch.where(a == 0, 0.0, a * (x.double() @ w.double().t()))
     check(hidden, exact, 16 if dtype == FP32 else 4, dtype)
-
-
