@@ -195,7 +195,12 @@ def _fastest(call: Call) -> Packed:
     tuning = inductor_config.max_autotune or inductor_config.max_autotune_gemm
     distinct = len({t.get_name() for t in call.operands}) == len(call.operands)
     if tuning and distinct and not _compat.is_deterministic():
-        return _measured(call)
+        try:
+            return _measured(call)
+        except torch.OutOfMemoryError:
+            log.warning(
+                "%s %s: not enough memory to measure candidates", OP_NAME, call.sizes
+            )
     _, _, K = call.sizes
     device = torch.cuda.get_device_properties(call.x.get_device())
     tile = linear_sparsify24_kernel.best_tile(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inductor_sparse import formats, ops, profitability, reference, templates
 from inductor_sparse.lowerings import vendor24
+from inductor_sparse.runtime import cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
 
 DTYPE_NAMES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -197,7 +198,7 @@ def kind_refusal(
         return f"it has no code for {dtype}"
     if activation not in ACTIVATIONS:
         return f"values of {activation!r} may be negative"
-    return None
+    return cuda_kernel.unavailable_reason()
 
 
 def layout_refusal(size: tuple[int, ...], stride: tuple[int, ...]) -> str | None:
@@ -247,6 +248,7 @@ def linear_sparsify24(
         SparseShapeError: shapes or dtypes do not fit, or an unknown name.
         SparseKernelError: the kernel cannot be compiled or launched.
     """
+    ops.check_energy("linear_sparsify24", energy)
     reference.check_linear_sparsify24(x, w1, bias, activation, select)
     if refusal(x, w1, activation) is None:
         device = torch.cuda.get_device_properties(x.device)

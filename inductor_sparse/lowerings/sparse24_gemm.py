@@ -24,7 +24,9 @@ from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes in which the kernel stores a product."""
 
-_MAX_SIZE = 2**31 - 1
+_MAX_SIZE = 2**30
+"""Sizes are 32-bit in the kernel, where whole tiles reach beyond them."""
+
 _ALIGNMENT = 16
 
 

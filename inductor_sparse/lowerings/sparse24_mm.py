@@ -42,6 +42,7 @@ from inductor_sparse.lowerings.cuda_template import (
     wrapper_can_launch,
 )
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
+from inductor_sparse.runtime import cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import TensorMap
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,11 @@ def _kernel_route(
     refusal = sparse24_gemm.size_refusal(dtype, out, known)
     if refusal is not None:
         raise Refused(refusal)
-    return vendor24.ROUTES.get(arch, "dense")
+    route = vendor24.ROUTES.get(arch, "dense")
+    missing = cuda_kernel.unavailable_reason() if route == "own" else None
+    if missing is not None:
+        raise Refused(missing)
+    return route
 
 
 def _product(

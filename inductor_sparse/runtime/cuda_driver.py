@@ -74,6 +74,16 @@ def _encoder() -> Callable[..., int]:
     return _EncodeTiled(int(address))
 
 
+@functools.cache
+def version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows, such as ``(13, 0)``; None without one."""
+    try:
+        number = int(_checked("asking", _bindings().cuDriverGetVersion()))
+    except Exception:  # whatever a loader of libraries may raise
+        return None
+    return number // 1000, number % 1000 // 10
+
+
 def launcher() -> Callable[..., tuple[Any]]:
     """``cuLaunchKernel``; it returns its status in a tuple."""
     return _bindings().cuLaunchKernel

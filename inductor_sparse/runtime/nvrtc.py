@@ -11,6 +11,7 @@ import importlib
 from typing import Any, NamedTuple
 
 from inductor_sparse.errors import SparseKernelError
+from inductor_sparse.runtime import cuda_driver
 
 ARCH = "sm_90a"
 """The architecture that kernels are compiled for unless they say otherwise; ``a``
@@ -18,7 +19,9 @@ because ``wgmma`` exists on this one architecture only."""
 
 BASE_OPTIONS = ("-std=c++17", "-default-device")
 
-_MIN_VERSION = (12, 0)
+_MIN_VERSION = (12, 2)
+"""The first that knows ``wgmma.mma_async.sp``."""
+
 _INSTALL = "install them with: pip install 'inductor-sparse[cuda]'"
 
 
@@ -50,7 +53,19 @@ def unavailable_reason() -> str | None:
     if int(result) != 0 or (major, minor) < _MIN_VERSION:
         wanted = ".".join(map(str, _MIN_VERSION))
         return f"NVRTC is {major}.{minor}, {wanted} is needed; {_INSTALL}"
-    return None
+    return _driver_refusal(major, minor)
+
+
+def _driver_refusal(major: int, minor: int) -> str | None:
+    """Why the driver, if there is one, loads nothing that this NVRTC makes, or None."""
+    driver = cuda_driver.version()
+    if driver is None or driver[0] >= major:
+        return None
+    return (
+        f"NVRTC is {major}.{minor}, the driver knows CUDA {driver[0]}.{driver[1]} and "
+        "does not load its code; update the driver, or install the cuda-bindings and "
+        f"NVRTC of CUDA {driver[0]} that this torch was built for"
+    )
 
 
 def available() -> bool:

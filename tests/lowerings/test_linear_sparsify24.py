@@ -16,6 +16,7 @@ from fake_cuda import compile_cuda, cuda_sources, generate
 from torch import Tensor
 
 from inductor_sparse import formats, lowerings
+from inductor_sparse.lowerings import linear_sparsify24
 from inductor_sparse.lowerings import linear_sparsify24_kernel as hopper
 from inductor_sparse.lowerings.linear_sparsify24_choices import Oracle
 
@@ -111,6 +112,19 @@ def test_the_expected_rate_decides() -> None:
     assert hopper.best_tile(64, 16384, H200) is None
     made = generate(_op(), _meta(64, 512), _meta(4096, 512))
     assert not made.cuda_kernels
+
+
+def test_no_memory_to_measure_in_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(linear_sparsify24, "autotune_select_algorithm", fail)
+    inputs = _meta(2048, 512), _meta(4096, 512)
+    made = generate(_op(), *inputs, inductor={"max_autotune_gemm": True})
+    assert "not enough memory to measure candidates" in caplog.text
+    assert len(made.cuda_kernels) == 1
 
 
 def test_a_cpu_multiplies_and_packs() -> None:

@@ -17,8 +17,10 @@ from fake_cuda import compile_cuda
 from torch import Tensor
 
 from inductor_sparse import profitability, reference
+from inductor_sparse.errors import SparseShapeError
 from inductor_sparse.lowerings import linear_sparsify24_kernel as hopper
 from inductor_sparse.lowerings.linear_sparsify24_kernel import TileConfig
+from inductor_sparse.runtime import cuda_kernel
 
 PLAIN = TileConfig()
 
@@ -130,6 +132,19 @@ def test_another_gpu_is_refused() -> None:
     x = torch.zeros(64, 64).bfloat16()
     with patch.object(profitability, "architecture", lambda device: "sm_80"):
         assert hopper.refusal(x, x, "relu2") == "it is for sm_90, this is sm_80"
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernel, "unavailable_reason", lambda: "no NVRTC; install")
+    x = torch.zeros(64, 64).bfloat16()
+    assert _refusal(x, x) == "no NVRTC; install"
+
+
+def test_sums_that_are_no_energies_are_refused() -> None:
+    x = torch.zeros(64, 64).bfloat16()
+    for energy in (torch.zeros(256, 2), torch.zeros(255, 2).double()):
+        with pytest.raises(SparseShapeError, match="linear_sparsify24: energy "):
+            hopper.linear_sparsify24(x, x, None, "relu2", "largest", energy)
 
 
 def test_the_shared_memory_it_asks_for_is_what_the_text_uses(tmp_path: Path) -> None:

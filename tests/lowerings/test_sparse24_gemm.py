@@ -66,8 +66,8 @@ REFUSALS = [
     (torch.float32, torch.float32, (8, 8, 8), "no sparse tensor core multiplies"),
     (BF16, torch.float64, (8, 8, 8), "the kernel does not store torch.float64"),
     (BF16, BF16, (8, 0, 8), "the product is empty"),
-    (INT8, BF16, (2**31, 8, 8), "a size is over 2147483647"),
-    (INT8, torch.float16, (2**31 - 1, 8, 8), None),
+    (INT8, BF16, (8, 2**30 + 1, 8), "a size is over 1073741824"),
+    (INT8, torch.float16, (2**30, 8, 8), None),
     (BF16, torch.float32, (8,), None),
 ]
 

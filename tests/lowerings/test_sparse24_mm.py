@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inductor_sparse import _compat, config, formats
 from inductor_sparse.lowerings import sparse24_mm
+from inductor_sparse.runtime import cuda_kernel
 
 BF16 = torch.bfloat16
 OP_CALL = "torch.ops.inductor_sparse.sparse24_mm.default("
@@ -183,6 +184,14 @@ def test_an_unaligned_weight_is_refused(caplog: pytest.LogCaptureFixture) -> Non
 
     reason = refused(caplog, fn, *packed(512, 1024), meta(4 + 256 * 1024))
     assert reason == "arg2_1 does not start at 16 bytes"
+
+
+def test_without_a_compiler_the_op_is_called(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_kernel, "unavailable_reason", lambda: "no NVRTC; install")
+    inputs = (*packed(512, 1024), meta(256, 1024))
+    assert refused(caplog, linear, *inputs) == "no NVRTC; install"
 
 
 def test_a_dynamic_weight_is_refused(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from inductor_sparse.errors import SparseKernelError
-from inductor_sparse.runtime import nvrtc
+from inductor_sparse.runtime import cuda_driver, nvrtc
 
 needs_compiler = pytest.mark.skipif(
     not nvrtc.available(), reason=f"no compiler: {nvrtc.unavailable_reason()}"
@@ -91,4 +91,40 @@ def test_an_old_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             return 0, 11, 8
 
     monkeypatch.setattr(importlib, "import_module", lambda name: Old)
-    assert str(nvrtc.unavailable_reason()).startswith("NVRTC is 11.8, 12.0 is needed")
+    assert str(nvrtc.unavailable_reason()).startswith("NVRTC is 11.8, 12.2 is needed")
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_forgetful")
+@pytest.mark.parametrize("driver", [None, (11, 8), (99, 0)])
+def test_a_driver_that_is_older_than_the_compiler_is_named(
+    monkeypatch: pytest.MonkeyPatch, driver: tuple[int, int] | None
+) -> None:
+    monkeypatch.setattr(cuda_driver, "version", lambda: driver)
+    reason = nvrtc.unavailable_reason()
+    if driver != (11, 8):
+        assert reason is None
+        return
+    assert reason is not None
+    assert "the driver knows CUDA 11.8 and does not load its code" in reason
+    assert "update the driver, or install" in reason
+
+
+def test_a_machine_without_a_driver_has_no_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Missing:
+        @staticmethod
+        def cuDriverGetVersion() -> tuple[int, int]:
+            raise RuntimeError("libcuda.so.1: cannot open shared object file")
+
+    class Newest:
+        @staticmethod
+        def cuDriverGetVersion() -> tuple[int, int]:
+            return 0, 13020
+
+    for bindings, expected in ((Missing, None), (Newest, (13, 2))):
+        monkeypatch.setattr(cuda_driver, "_bindings", lambda found=bindings: found)
+        cuda_driver.version.cache_clear()
+        assert cuda_driver.version() == expected
+    cuda_driver.version.cache_clear()

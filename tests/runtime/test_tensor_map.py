@@ -44,7 +44,7 @@ def test_layout(outer: int, inner: int, pad: int, transposed: bool) -> None:
 @pytest.mark.parametrize(
     ("tensor", "problem"),
     [
-        (torch.zeros(4, 32, 8).half(), "is 3-D; a matrix is needed"),
+        (torch.zeros(8, 32, 4).half().mT, "is 3-D; a matrix is needed"),
         (torch.zeros(4, 32).double(), "has dtype torch.float64"),
         (torch.zeros(4, 33).half(), "66 bytes apart: a multiple of 16 not below 66"),
         (torch.zeros(32, 4).half().t(), "axis 1 must be contiguous; make it .contig"),
@@ -59,6 +59,12 @@ def test_a_tensor_without_a_map(tensor: Tensor, problem: str) -> None:
     assert problem in str(caught.value)
 
 
+def test_a_contiguous_tensor_of_more_axes_is_the_matrix_of_its_last() -> None:
+    words = torch.zeros(3, 5, 128, dtype=torch.int32)
+    expected = Layout(words.data_ptr(), 128, 15, 512)
+    assert TensorMap((128, 1)).layout(words) == expected
+
+
 def test_a_transposed_map_says_which_axis() -> None:
     spec = TensorMap((32, 64), transposed=True)
     with pytest.raises(SparseKernelError, match=r"axis 0 .* column-major with .t\(\)"):
@@ -66,9 +72,13 @@ def test_a_transposed_map_says_which_axis() -> None:
 
 
 def test_a_tensor_beyond_what_a_map_can_address() -> None:
-    huge = torch.empty(2**33, 8, dtype=torch.int8, device="meta")
-    with pytest.raises(SparseKernelError, match="too large for a tensor map"):
-        TensorMap((16, 64)).layout(huge.as_strided((2**33, 16), (16, 1)))
+    spec = TensorMap((16, 64))
+    largest = torch.empty(2**30, 16, dtype=torch.int8, device="meta")
+    assert spec.layout(largest).outer == 2**30
+    for size, stride in (((2**30 + 1, 16), 16), ((2, 2**31), 2**31), ((2, 16), 2**40)):
+        huge = torch.empty_strided(size, (stride, 1), dtype=torch.int8, device="meta")
+        with pytest.raises(SparseKernelError, match=r"too large .* split it"):
+            spec.layout(huge)
 
 
 @pytest.mark.parametrize(
