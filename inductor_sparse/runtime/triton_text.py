@@ -20,7 +20,9 @@ def text(*names: str) -> str:
         FileNotFoundError: no such template in the package.
     """
     folder = resources.files("inductor_sparse") / "templates" / "triton"
-    parts = [(folder / f"{name}.py.jinja").read_text(encoding="utf-8") for name in names]
+    parts = [
+        (folder / f"{name}.py.jinja").read_text(encoding="utf-8") for name in names
+    ]
     return "\n\n".join([_HEADER, *parts])
 
 
