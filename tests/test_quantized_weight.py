@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inductor_sparse import reference
+from inductor_sparse import ops, reference
 from inductor_sparse.errors import SparseShapeError
 
-OP = torch.ops.inductor_sparse.quantized_weight
+OP = getattr(torch.ops, ops.NAMESPACE).quantized_weight
 DTYPES = [torch.float8_e4m3fn, torch.int8]
 
 
