@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inductor_sparse import decisions, formats, reference
+from inductor_sparse import decisions, formats, ops
 from inductor_sparse.decisions import DecisionLog, Reason, Status
 from inductor_sparse.lowerings import sparse24_gemm
 from inductor_sparse.runtime import cubin_cache
@@ -76,7 +76,7 @@ def tokens(*shape: int) -> Tensor:
 def packed(z: Tensor) -> Tensor:
     """The activation of ``z`` as 2:4 keeps it, in float64."""
     z_MK = z.reshape(-1, z.shape[-1]).contiguous()
-    kept = formats.unpack(*reference.sparsify24(z_MK, "relu2", "largest"), z.shape[-1])
+    kept = formats.unpack(*ops.sparsify24(z_MK, "relu2", "largest"), z.shape[-1])
     return kept.double().view(z.shape)
 
 
@@ -94,7 +94,7 @@ def close(result: Tensor, wanted: Tensor) -> None:
     )
 
 
-def ops(log: DecisionLog) -> list[str]:
+def outcomes(log: DecisionLog) -> list[str]:
     """The op of each site, or why it is dense."""
     return [d.op if d.reason is None else d.reason.value for d in log.decisions]
 
@@ -117,7 +117,7 @@ def test_any_layout_of_the_activation(
 ) -> None:
     module, z = Down(bias=True), make()
     close(compiled(module)(z), expected(module, z))
-    assert ops(log) == ["sparse24_mm"]
+    assert outcomes(log) == ["sparse24_mm"]
 
 
 def test_unaligned_after_aligned(log: DecisionLog) -> None:
@@ -126,7 +126,7 @@ def test_unaligned_after_aligned(log: DecisionLog) -> None:
     for offset in (0, 1, 4, 8):
         z = memory[offset : offset + M * K].view(M, K)
         close(run(z), expected(module, z))
-    assert set(ops(log)) == {"sparse24_mm"}
+    assert set(outcomes(log)) == {"sparse24_mm"}
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,12 @@ def test_sizes_that_fill_no_tile(
     neurons: int, features: int, found: str, log: DecisionLog
 ) -> None:
     module, z = Down(features, neurons), tokens(M + 1, neurons)
-    close(compiled(module)(z), expected(module, z)) if found == "sparse24_mm" else (
-        torch.testing.assert_close(compiled(module)(z), module(z), rtol=0.02, atol=0.02)
-    )
-    assert ops(log) == [found]
+    result = compiled(module)(z)
+    if found == "sparse24_mm":
+        close(result, expected(module, z))
+    else:
+        torch.testing.assert_close(result, module(z), rtol=0.02, atol=0.02)
+    assert outcomes(log) == [found]
 
 
 def test_nan_and_inf_stay_in_their_rows(log: DecisionLog) -> None:
@@ -158,7 +160,7 @@ def test_nan_and_inf_stay_in_their_rows(log: DecisionLog) -> None:
     close(result, expected(module, z))
     finite = result.isfinite().all(1)
     assert finite.logical_not().nonzero().flatten().tolist() == [3, 70, 130]
-    assert ops(log) == ["sparse24_mm"]
+    assert outcomes(log) == ["sparse24_mm"]
 
 
 class FFN(nn.Module):
@@ -192,7 +194,7 @@ def test_rows_of_any_magnitude_in_8_bits(quantize: str, log: DecisionLog) -> Non
     result = run(x)
     assert result[9].isnan().all()
     assert result[torch.arange(M, device="cuda") != 9].isfinite().all()
-    assert ops(log) == ["sparse24_mm"]
+    assert outcomes(log) == ["sparse24_mm"]
     assert "not quantized" not in log.decisions[0].detail
 
 
@@ -213,7 +215,7 @@ def test_a_mutated_input(log: DecisionLog) -> None:
     assert result.data_ptr() == residual.data_ptr()
     assert flat.data_ptr() == z.data_ptr()
     assert torch.equal(z, doubled)
-    assert ops(log) == ["sparse24_mm"]
+    assert outcomes(log) == ["sparse24_mm"]
 
 
 def test_inputs_that_share_memory(log: DecisionLog) -> None:
@@ -227,7 +229,7 @@ def test_inputs_that_share_memory(log: DecisionLog) -> None:
     wanted = z.double() + expected(module, z)
     close(compiled(step)(z, z), wanted)
     close(z, wanted)
-    assert ops(log) == ["sparse24_mm"]
+    assert outcomes(log) == ["sparse24_mm"]
 
 
 def test_several_users_of_the_activation(log: DecisionLog) -> None:
@@ -242,7 +244,7 @@ def test_several_users_of_the_activation(log: DecisionLog) -> None:
     close(one, expected(first, z))
     close(two, F.gelu(expected(second, z)))
     torch.testing.assert_close(total, (F.relu(z) ** 2).sum(-1), rtol=0.02, atol=0.02)
-    assert ops(log) == ["sparse24_mm"] * 2
+    assert outcomes(log) == ["sparse24_mm"] * 2
 
 
 def test_autocast(log: DecisionLog) -> None:
@@ -254,7 +256,7 @@ def test_autocast(log: DecisionLog) -> None:
     error = (result - module.linear.bias).double() - dense
     allowed = 0.02 if log.decisions[0].status is Status.DENSE else 0.3
     assert error.norm() < allowed * dense.norm()
-    assert len(ops(log)) == 1
+    assert len(outcomes(log)) == 1
 
 
 def test_tokens_of_any_number_with_few_graphs(log: DecisionLog) -> None:
@@ -264,7 +266,7 @@ def test_tokens_of_any_number_with_few_graphs(log: DecisionLog) -> None:
         z = tokens(rows, K)
         close(run(z), expected(module, z))
     assert len(log.graphs) <= 3
-    assert set(ops(log)) == {"sparse24_mm", "unsupported-shape"}
+    assert set(outcomes(log)) == {"sparse24_mm", "unsupported-shape"}
 
 
 def test_the_limits_of_the_regimes_are_crossed_with_few_graphs(
@@ -276,7 +278,7 @@ def test_the_limits_of_the_regimes_are_crossed_with_few_graphs(
         z = tokens(rows, 8192) - 1.28
         wanted = module(z)
         assert (run(z) - wanted).norm() < 0.05 * wanted.norm(), rows
-    assert {"sparse24_mm", "activation_spmm", "not-profitable"} <= set(ops(log))
+    assert {"sparse24_mm", "activation_spmm", "not-profitable"} <= set(outcomes(log))
     assert len(log.graphs) <= 6
 
 
@@ -297,7 +299,7 @@ def test_training_is_dense_with_a_reason() -> None:
     module(z).float().square().sum().backward()
     for ours, theirs in ((gradient, z.grad), (weight, module.linear.weight.grad)):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
-    assert ops(log) == ["training-graph"]
+    assert outcomes(log) == ["training-graph"]
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
@@ -319,7 +321,7 @@ def test_weights_changed_between_calls(mode: str | None, log: DecisionLog) -> No
             torch.compiler.cudagraph_mark_step_begin()
             close(run(z).clone(), expected(module, z))
         change()
-    assert set(ops(log)) == {"sparse24_mm"}
+    assert set(outcomes(log)) == {"sparse24_mm"}
 
 
 def test_a_damaged_and_a_read_only_cache(
@@ -327,7 +329,7 @@ def test_a_damaged_and_a_read_only_cache(
 ) -> None:
     monkeypatch.setenv(cubin_cache.VARIABLE, str(tmp_path))
     z = tokens(M, K)
-    values, metadata = reference.sparsify24(z, "relu2", "largest")
+    values, metadata = ops.sparsify24(z, "relu2", "largest")
     weight = tokens(N, K) / 16
     results = []
     for damage in (b"", b"no cubin", b""):
