@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,9 +45,8 @@ RUNS, RUN = 4, 16
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """Which copy of which memory."""
+class Key(NamedTuple):
+    """Which copy of which memory; a tuple, because one is made at every call."""
 
     address: int
     device: torch.device
