@@ -95,14 +95,16 @@ class GraphPass(Protocol):
 class Rule(abc.ABC):
     """Rewrites the matmuls of one kind of producer into an op that skips zeros.
 
-    ``op`` is what :meth:`rewrite` inserts.  A rule that ``packs`` also lets its sites
-    be rewritten to the 2:4 format where that is better, the same way for every rule.
+    ``op`` is what :meth:`rewrite` inserts; a ``gated`` rule may skip rows of a second
+    weight too.  A rule that ``packs`` also lets its sites be rewritten to the 2:4
+    format where that is better, the same way for every rule.
     """
 
     name: str
     tier: Tier = Tier.EXACT
     op: str = "activation_spmm"
     packs: bool = False
+    gated: bool = False
 
     @abc.abstractmethod
     def match(self, site: Site) -> Producer | None:

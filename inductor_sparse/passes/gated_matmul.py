@@ -53,6 +53,7 @@ class GatedMatmul(Rule):
 
     name = "gated_matmul"
     packs = True
+    gated = True
 
     def match(self, site: Site) -> Producer | None:
         """The producer if it is a gated product."""

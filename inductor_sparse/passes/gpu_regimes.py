@@ -100,7 +100,7 @@ def choose_on_gpu(
     packing = Packing(site.dtype, site.dtype, replaces_activation(site))
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
-    return choose(site, decision, obstacles, packing, context)
+    return choose(site, decision, obstacles, packing, context, gated=rule.gated)
 
 
 def choose(
@@ -109,17 +109,20 @@ def choose(
     obstacles: Obstacles,
     packing: Packing,
     context: PassContext,
+    *,
+    gated: bool = False,
 ) -> Choice | Rejection:
     """The regime for the number of tokens of a site among those without obstacle."""
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
+    density = decision.density
     limits = Limits(
-        cuda.decode_max_tokens(K, N, site.dtype, decision.density)
+        cuda.decode_max_tokens(K, N, site.dtype, density, gated=gated)
         if Regime.SKIP in obstacles
         else 0,
         packing.min_tokens(K, N) if Regime.PACK in obstacles else None,
     )
     if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
-        gain = cuda.decode_gain(M, K, N, site.dtype, decision.density)
+        gain = cuda.decode_gain(M, K, N, site.dtype, density, gated=gated)
         return Choice(Regime.SKIP, gain, str(limits))
     forced = context.option("activation_format") == "2:4"
     if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):

@@ -36,17 +36,21 @@ PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192)
 PREFILL_MIN_SIZE = 1024
 """A K or N below this leaves the tensor cores waiting for memory and for launches."""
 
+UNTRAINED_DENSITY = 0.5
+"""Fraction of positive activations of random weights."""
+
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 _READ_BYTES_PER_US = 4.3e6
 """Weights read once: 4.3 TB/s of 4.8, by either kernel."""
 _PACK_BYTES_PER_US = 3.6e6
 """Reading and writing in equal parts."""
-_ROW_RATE = {1: 1.0, 2: 0.72, 4: 0.6, GLU_MAX_TOKENS: 0.42}
-"""Rate of reading rows that so many tokens share, against that of one token."""
 _DENSE_FIXED_US = 2.0
-_DECODE_FIXED_US = 5.5
-"""Finding the active neurons, and adding up what each block has summed."""
+_DECODE_FIXED_US = {1: 6.0, 2: 7.5, 4: 9.5, GLU_MAX_TOKENS: 10.0}
+"""Finding the neurons that so many tokens need, and adding up what blocks have summed;
+the rows themselves are read as fast as a dense product reads them."""
+_GATED_FIXED_US = {1: 11.0, 2: 25.0, 4: 34.0, GLU_MAX_TOKENS: 60.0}
+"""The same with a gate, and of the down projection: its up projection comes before."""
 
 _CLUSTERS = 66
 """Pairs of multiprocessors, each working on two tiles one below the other."""
@@ -73,29 +77,47 @@ def union_density(density: float, M: int) -> float:
     return float(1.0 - (1.0 - min(1.0, density)) ** M)
 
 
-def decode_gain(M: int, K: int, N: int, dtype: str, density: float | None) -> float:
-    """Expected dense time / time of skipping, for M tokens that read one weight."""
+def decode_gain(
+    M: int, K: int, N: int, dtype: str, density: float | None, *, gated: bool = False
+) -> float:
+    """Expected dense time / time of skipping, for M tokens that read one weight.
+
+    Args:
+        M: tokens.
+        K: reduction: hidden neurons.
+        N: output features.
+        dtype: of weight and activation.
+        density: fraction of non-zeros, None if no plan has measured it.
+        gated: whether rows of an up projection of the same size are skipped as well.
+    """
     known = ASSUMED_DENSITY if density is None else density
-    itemsize = _ITEMSIZE[dtype]
-    weight_us = K * N * itemsize / _READ_BYTES_PER_US
-    activation_us = 2 * M * (K + N) * itemsize / _READ_BYTES_PER_US
-    dense_us = _DENSE_FIXED_US + weight_us
-    shared_by = next((most for most in DECODE_TOKENS if most >= M), GLU_MAX_TOKENS)
-    rows_us = weight_us * union_density(known, M) / _ROW_RATE[shared_by]
-    skipping_us = _DECODE_FIXED_US + activation_us + rows_us
-    return round(dense_us / skipping_us, 2)
+    weights = 2 if gated else 1
+    weight_us = weights * K * N * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
+    activation_us = 2 * M * (K + N) * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
+    dense_us = weights * _DENSE_FIXED_US + weight_us
+    steps = _GATED_FIXED_US if gated else _DECODE_FIXED_US
+    fixed_us = next((steps[most] for most in steps if most >= M), math.inf)
+    rows_us = weight_us * union_density(known, M)
+    return round(dense_us / (fixed_us + activation_us + rows_us), 2)
 
 
-def decode_max_tokens(K: int, N: int, dtype: str, density: float | None) -> int:
-    """Up to how many tokens skipping is expected to win; 0 if never."""
-    return max(
-        (
-            M
-            for M in DECODE_TOKENS
-            if decode_gain(M, K, N, dtype, density) >= MARGIN
-        ),
-        default=0,
-    )
+def decode_max_tokens(
+    K: int, N: int, dtype: str, density: float | None, *, gated: bool = False
+) -> int:
+    """Up to how many tokens skipping is expected to win; 0 if never.
+
+    Nothing counts the activations of a decoding GPU, so a site that no plan has
+    measured must not lose either if its model was never trained.
+    """
+
+    def gain(M: int, at: float | None) -> float:
+        return decode_gain(M, K, N, dtype, at, gated=gated)
+
+    def wins(M: int) -> bool:
+        safe = density is not None or gain(M, UNTRAINED_DENSITY) > 1
+        return safe and gain(M, density) >= MARGIN
+
+    return max((M for M in DECODE_TOKENS if wins(M)), default=0)
 
 
 def _dense_us(M: int, K: int, N: int, dtype: str) -> float:
