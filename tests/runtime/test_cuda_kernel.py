@@ -8,6 +8,7 @@ import pickle
 import struct
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inductor_sparse.errors import SparseKernelError
-from inductor_sparse.runtime import cubin_cache, cuda_driver, nvrtc
+from inductor_sparse.runtime import cubin_cache, cuda_driver, nvrtc, tensor_map
 from inductor_sparse.runtime.cuda_kernel import ArgumentBuffer, CudaKernel, TensorMap
 
 SIGNATURE = ("map", "pointer", "int32", "int64", "float32")
@@ -45,11 +46,12 @@ class Machine:
         self.loads: list[int] = []
         self.launches: list[tuple[Any, ...]] = []
         self.compilations: list[str] = []
+        self.contexts: list[int] = []
         self.status = 0
         fakes: dict[str, Any] = {
             "current_device": lambda: self.current,
             "on_device": self.on_device,
-            "make_context_current": lambda device: None,
+            "make_context_current": self.contexts.append,
             "multiprocessors": lambda device: 133,
             "architecture": lambda device: "sm_90",
             "encode_tiled": lambda *args: None,
@@ -143,9 +145,18 @@ def test_work_is_done_once(machine: Machine) -> None:
     for device in (0, 1, 0, 1):
         run(*tensors(device), *NUMBERS, stream=0)
     assert machine.compilations == ["multiply"]
-    assert machine.loads == [0, 1]
+    assert machine.loads == machine.contexts == [0, 1]
     assert len(machine.launches) == 4
     assert machine.current == 0
+
+
+def test_compiled_code_is_kept_in_memory(machine: Machine, tmp_path: Path) -> None:
+    once = kernel()
+    once.compile()
+    for entry in tmp_path.iterdir():
+        entry.unlink()
+    once.compile()
+    assert machine.compilations == ["multiply"]
 
 
 def test_another_process_finds_it_on_disk(machine: Machine) -> None:
@@ -171,6 +182,28 @@ def test_threads_compile_and_load_once(machine: Machine) -> None:
     assert machine.loads == [0]
     streams = [rest[-3] for rest in machine.launches]
     assert sorted(streams) == list(range(8))
+
+
+def test_a_map_that_its_cache_has_dropped_lives_until_the_launch(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[int] = []
+
+    class Watched(tensor_map.EncodedMap):
+        def __del__(self) -> None:
+            freed.append(self.address)
+
+    def launch(*args: Any) -> tuple[int]:
+        assert not freed
+        return Machine.launch(machine, *args)
+
+    monkeypatch.setattr(tensor_map, "EncodedMap", Watched)
+    machine.launch = launch  # type: ignore[method-assign]
+    keeps_none = kernel()
+    for cache in keeps_none.map_caches:
+        cache._limit = 0
+    keeps_none.run(*tensors(), *NUMBERS, stream=0)
+    assert len(machine.launches) == len(freed) == 1
 
 
 def test_an_empty_map_launches_nothing(machine: Machine) -> None:
@@ -219,6 +252,13 @@ def test_refused_arguments(
     assert str(caught.value).startswith("kernel multiply: ")
 
 
+def test_a_map_of_another_device_is_refused(machine: Machine) -> None:
+    mixed = kernel(signature=("pointer", "map"))
+    with pytest.raises(SparseKernelError, match="multiply: argument 1 is on "):
+        mixed.run(tensors(0)[1], tensors(1)[0], stream=0)
+    assert machine.launches == []
+
+
 def test_a_failed_launch_names_kernel_shapes_and_remedy(machine: Machine) -> None:
     machine.status = 719
     pointers = kernel(signature=("pointer", "int32"), maps=())
@@ -237,9 +277,33 @@ def test_another_architecture_is_refused(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_driver, "architecture", lambda device: "sm_80")
-    with pytest.raises(SparseKernelError, match="is for sm_90a, device 0 is sm_80"):
+    with pytest.raises(SparseKernelError) as caught:
         kernel().run(*tensors(), *NUMBERS, stream=0)
+    problem, arguments, remedy = str(caught.value).splitlines()
+    assert problem.startswith("kernel multiply: is for sm_90a, device 0 is sm_80; ")
+    assert arguments.startswith("arguments: 0: ")
+    assert "does without this kernel" in remedy
     assert machine.compilations == []
+
+
+def test_a_failed_compilation_names_kernel_shapes_and_remedy(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> nvrtc.Binary:
+        raise SparseKernelError("NVRTC does not compile it")
+
+    monkeypatch.setattr(nvrtc, "compile_source", fail)
+    x = torch.zeros(8, 32)
+    x.get_device = lambda: 0  # type: ignore[method-assign]
+    pointers = kernel(signature=("pointer", "int32"), maps=())
+    with pytest.raises(SparseKernelError) as caught:
+        pointers.run(x, 3, stream=0)
+    assert str(caught.value).splitlines() == [
+        "kernel multiply: NVRTC does not compile it",
+        "arguments: 0: float32[8, 32], 1: 3",
+        'options={"sparse.activation_format": "exact"} does without this kernel',
+    ]
+    assert machine.launches == []
 
 
 @pytest.mark.parametrize(

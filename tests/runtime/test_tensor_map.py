@@ -81,6 +81,11 @@ def test_a_tensor_beyond_what_a_map_can_address() -> None:
             spec.layout(huge)
 
 
+def test_a_box_is_whole_pieces_of_16_bytes() -> None:
+    with pytest.raises(SparseKernelError, match="a box of 12 is 24 bytes wide, a mult"):
+        TensorMap((12, 8)).layout(torch.zeros(8, 64).half())
+
+
 @pytest.mark.parametrize(
     ("box", "swizzle", "problem"),
     [
@@ -111,9 +116,10 @@ def test_maps_are_kept_by_address_and_layout(encoded: list[tuple[Any, ...]]) -> 
     tensor = torch.zeros(64, 64, dtype=torch.float16)
     first = cache.get(tensor)
     assert cache.get(tensor.view(64, 64)) is first
-    others = (tensor[:32], tensor.view(torch.bfloat16), tensor.view(32, 128))
+    others = [tensor[:32], tensor.view(torch.bfloat16), tensor.view(32, 128)]
+    others.append(tensor.as_strided((32, 64), (128, 1)))
     assert all(cache.get(other) is not first for other in others)
-    assert len(encoded) == len(cache) == 4
+    assert len(encoded) == len(cache) == 5
 
 
 def test_the_maps_used_last_are_kept(encoded: list[tuple[Any, ...]]) -> None:
