@@ -29,6 +29,7 @@ _SPMM = """
 def spmm(
     Z, W, PARTIALS, LIST, M, K, N, stride_zm, stride_zk, ACTIVATION: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
 ):
     m = tl.program_id(2) * {{TOKENS}}
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -37,12 +38,11 @@ def spmm(
     LIST += tl.program_id(2) * lists
     sums = sums_of_share(
         Z, W, LIST, split, m, n, M, N, K, stride_zm, stride_zk, N,
-        ACTIVATION, SPLITS, LOCAL, BN, ROWS,
+        ACTIVATION, SPLITS, LOCAL, BN, ROWS, DOT_DTYPE,
     )
-{%- for t in range(TOKENS) %}
-    inside = (m + {{t}} < M) & (n < N)
-    tl.store(PARTIALS + (split * M + m + {{t}}) * N + n, sums[{{t}}], mask=inside)
-{%- endfor %}
+    row = (m + tl.arange(0, {{TOKENS}}))[:, None]
+    place = PARTIALS + (split * M + row) * N + n[None, :]
+    tl.store(place, sums, mask=(row < M) & (n < N)[None, :])
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def up(
 
 
 @functools.cache
-def kernels(folder: Path, tokens: int) -> types.ModuleType:
+def kernels(folder: Path, tokens: int, dot: bool = False) -> types.ModuleType:
     """The kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
     head = "import triton\nimport triton.language as tl\n\n\n"
     texts = (glu_spmm_cuda.helper_text() + _UP, activation_spmm_cuda.helper_text())
-    text = jinja2.Template("\n\n".join(texts) + _SPMM).render(TOKENS=tokens)
-    path = folder / f"decode_kernels_{os.getpid()}_{tokens}.py"
+    text = jinja2.Template("\n\n".join(texts) + _SPMM).render(TOKENS=tokens, DOT=dot)
+    path = folder / f"decode_kernels_{os.getpid()}_{tokens}_{dot}.py"
     path.write_text(head + text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -92,10 +92,12 @@ def run_spmm(
     folder: Path, z: Tensor, w: Tensor, activation: str, **tile: int
 ) -> Tensor:
     """``act(z) @ w`` in float32."""
+    import triton.language as tl
+
     (M, K), N = z.shape, w.shape[1]
     made = activation_spmm_cuda.Tile(**{**_SMALL, **tile})
     blocks, columns = -(-M // made.TOKENS), -(-N // made.BN)
-    module = kernels(folder, made.TOKENS)
+    module = kernels(folder, made.TOKENS, made.DOT)
     share = -(-K // (made.SPLITS * made.LOCAL)) * made.LOCAL + made.LOCAL
     listed = torch.full((blocks, made.SPLITS, 1 + made.TOKENS, share), -1)
     partials = torch.full((made.SPLITS, M, N), torch.nan)
@@ -103,7 +105,9 @@ def run_spmm(
     module.spmm[(columns, made.SPLITS, blocks)](
         *(z, w, partials, listed.int(), M, K, N, *z.stride()),
         ACTIVATION=activation,
-        **{k: v for k, v in vars(made).items() if k not in ("TOKENS", "num_warps")},
+        # Numpy multiplies no bfloat16; products of them are exact in float32.
+        DOT_DTYPE=tl.float32,
+        **{k: v for k, v in vars(made).items() if k not in _TAKEN},
     )
     module.total[(columns, M, 1)](
         partials, y, M, N, SPLITS=made.SPLITS, BN=made.BN, AT_ONCE=2
@@ -129,12 +133,14 @@ def run_up(
     return hidden
 
 
+_TAKEN = ("TOKENS", "DOT", "num_warps")
 _SMALL = {
     "TOKENS": 1,
     "BN": 32,
     "SPLITS": 3,
     "LOCAL": 32,
-    "ROWS": 8,
+    "ROWS": 16,
+    "DOT": False,
     "num_warps": 1,
 }
 _SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
@@ -169,7 +175,7 @@ def compile_for_amd(folder: Path, tokens: int) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = kernels(folder, tokens)
+    module = kernels(folder, tokens, tokens >= activation_spmm_cuda.DOT_TOKENS)
     target = GPUTarget("hip", "gfx942", 64)
     made = {}
     for kernel_name, constants in _amd_constants(tokens).items():
@@ -191,11 +197,10 @@ def _amd_constants(tokens: int) -> dict[str, dict[str, Any]]:
 
     spmm = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, torch.bfloat16, 304)
     up = glu_spmm_cuda.choose_up_tile(tokens, 4096, torch.bfloat16)
-    taken = ("TOKENS", "num_warps")
     return {
-        "spmm": {k: v for k, v in vars(spmm).items() if k not in taken}
-        | {"ACTIVATION": "relu2"},
+        "spmm": {k: v for k, v in vars(spmm).items() if k not in _TAKEN}
+        | {"ACTIVATION": "relu2", "DOT_DTYPE": tl.bfloat16},
         "total": {"SPLITS": spmm.SPLITS, "BN": 32, "AT_ONCE": 128},
-        "up": {k: v for k, v in vars(up).items() if k not in taken}
+        "up": {k: v for k, v in vars(up).items() if k not in _TAKEN}
         | {"ACTIVATION": "relu", "DOT_DTYPE": tl.bfloat16},
     }

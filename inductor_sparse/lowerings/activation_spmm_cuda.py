@@ -40,13 +40,17 @@ DOT_DTYPES = {
 }
 """The dtypes the kernels take, and what they multiply in."""
 
+DOT_TOKENS = 4
+"""From so many tokens on 16-bit products are the business of tensor cores."""
+
+_DOT_COLUMNS = 128
+"""Of a warp that uses tensor cores."""
+
 _WARP_BYTES = 512
-"""Of a row of ``w`` that a warp loads: 16 of each lane."""
+"""Of a row of ``w`` that any other warp loads: 16 of each lane."""
 
-_MAX_WARPS = 4
-
-_RESIDENT = {1: 4, 2: 4, 4: 4, 8: 2}
-"""Tokens of a program -> programs that a multiprocessor has registers for.  All have to
+_RESIDENT_WARPS = {1: 16, 2: 16, 4: 16, 8: 12}
+"""Tokens of a program -> warps that a multiprocessor has registers for.  All have to
 run at once: the first thing each of them does is to wait for memory three times."""
 
 _MAX_LOCAL = 1024
@@ -61,6 +65,7 @@ class Tile:
     SPLITS: int
     LOCAL: int
     ROWS: int
+    DOT: bool
     num_warps: int
 
 
@@ -82,19 +87,21 @@ def choose_tile(
         processors: multiprocessors of the GPU.
     """
     block = MAX_TOKENS if tokens is None else min(MAX_TOKENS, power_of_2(tokens))
+    dot = block >= DOT_TOKENS and dtype.itemsize == 2
     # Whole warps side by side in one row: no sum crosses them.
-    a_warp = _WARP_BYTES // dtype.itemsize
-    warps = min(_MAX_WARPS, power_of_2(-(-N // a_warp)))
-    programs = _RESIDENT[block] * processors * _MAX_WARPS // warps
+    a_warp = _DOT_COLUMNS if dot else _WARP_BYTES // dtype.itemsize
+    warps = min(8 if dot else 4, power_of_2(-(-N // a_warp)))
+    resident = 16 if dot else _RESIDENT_WARPS[block]
     tiles = -(-N // (warps * a_warp)) * (1 if tokens is None else -(-tokens // block))
-    splits = max(1, min(-(-K // 16), programs // tiles))
+    splits = max(1, min(-(-K // 16), resident * processors // (warps * tiles)))
     share = -(-K // (16 * splits)) * 16
     return Tile(
         TOKENS=block,
         BN=warps * a_warp,
         SPLITS=splits,
         LOCAL=min(power_of_2(share), _MAX_LOCAL),
-        ROWS=4 if block == 4 else 8,  # as many as there are registers for
+        ROWS=16 if dot else 4 if block == 4 else 8,
+        DOT=dot,
         num_warps=warps,
     )
 
@@ -179,6 +186,7 @@ def product(z: ir.TensorBox, w: ir.TensorBox, activation: str) -> ir.TensorBox:
         mutated_inputs=inputs[2:],
         BATCHED=bool(batch),
         ACTIVATION=repr(activation),
+        DOT_DTYPE=DOT_DTYPES[dtype],
         num_stages=1,
         **dataclasses.asdict(tile),
     )

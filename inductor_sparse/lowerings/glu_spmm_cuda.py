@@ -40,13 +40,13 @@ def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
     most = activation_spmm_cuda.MAX_TOKENS
     power_of_2 = activation_spmm_cuda.power_of_2
     block = most if tokens is None else min(most, power_of_2(tokens))
-    features = (2048 if block == 1 else 256) * 2 // dtype.itemsize
+    features = (1024 if block == 1 else 256) * 2 // dtype.itemsize
     return UpTile(
         BM=block,
         LOCAL=32,
         ROWS=4 if block == 1 else 16,
         BD=max(16, min(features, power_of_2(D))),
-        STAGES=1,
+        STAGES=4,
         num_warps=4,
     )
 

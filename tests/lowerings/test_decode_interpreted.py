@@ -60,10 +60,10 @@ def test_product(
     check_spmm(interpret, z, w, activation)
 
 
-@pytest.mark.parametrize("M", [2, 8, 17])
-def test_other_numbers_of_tokens(interpret: Interpreter, M: int) -> None:
+@pytest.mark.parametrize(("M", "dot"), [(2, 0), (8, 0), (3, 1), (8, 1), (17, 1)])
+def test_other_numbers_of_tokens(interpret: Interpreter, M: int, dot: int) -> None:
     torch.manual_seed(M)
-    check_spmm(interpret, sparse(M, 60), torch.randn(60, 30), "relu")
+    check_spmm(interpret, sparse(M, 60), torch.randn(60, 30), "relu", DOT=dot)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
@@ -84,15 +84,17 @@ def test_any_way_of_dealing_the_neurons(
     check_spmm(interpret, z, w, "relu2", SPLITS=splits, LOCAL=local)
 
 
-@pytest.mark.parametrize("M", [1, 3])
-def test_zeros_touch_no_weight_and_nan_stays(interpret: Interpreter, M: int) -> None:
+@pytest.mark.parametrize(("M", "dot"), [(1, 0), (3, 0), (3, 1)])
+def test_zeros_touch_no_weight_and_nan_stays(
+    interpret: Interpreter, M: int, dot: int
+) -> None:
     torch.manual_seed(0)
     z, w = sparse(M, 100), torch.randn(100, 40)
     w[7], w[8, 5] = torch.inf, torch.nan
     z[:, 7:9], z[0, 9] = -0.0, torch.nan
-    check_spmm(interpret, z, w, "relu")
+    check_spmm(interpret, z, w, "relu", DOT=dot)
     z[M - 1, 7] = 2.0
-    check_spmm(interpret, z, w, "relu")
+    check_spmm(interpret, z, w, "relu", DOT=dot)
 
 
 def test_strides_of_the_activation(interpret: Interpreter) -> None:
