@@ -69,6 +69,11 @@ def _add_ffn(kinds: Any) -> None:
         default="none",
         help="both sides in 8 bits, the dense one through torch's own matmuls",
     )
+    ffn.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="give the sparse side a plan of the row's own inputs",
+    )
     ffn.add_argument("--activation-format", choices=FORMAT_NAMES, default="auto")
 
 
@@ -350,4 +355,5 @@ def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:
             device=arguments.device,
             data=data,
             quantize=arguments.quantize,
+            calibrated=arguments.calibrate,
         )

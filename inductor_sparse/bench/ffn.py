@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ from inductor_sparse.bench.variants import (
     Variant,
     compile_variant,
     release,
+    save_plan,
     watch,
 )
 from inductor_sparse.decisions import GraphDecisions, Tier
@@ -180,11 +184,17 @@ class _Bench:
         models = [quantized(model, quantize) for model in self.models]
         return models[0] if len(models) == 1 else Stack(models)
 
-    def _sparse_options(self) -> dict[str, Any]:
+    def _sparse_options(self, inputs: list[Input]) -> dict[str, Any]:
         """Options of the sparse backend."""
-        if self.case.quantize == "none":
-            return dict(self.sweep.options)
-        return {**self.sweep.options, "sparse.quantize": self.case.quantize}
+        options = dict(self.sweep.options)
+        if self.case.quantize != "none":
+            options["sparse.quantize"] = self.case.quantize
+        if self.case.calibrated:
+            # Overwritten by every row: a plan is read while its graph is compiled.
+            path = Path(tempfile.gettempdir(), f"inductor_sparse_bench_{os.getpid()}")
+            save_plan(self._whole("none"), inputs[:1], path)
+            options["sparse.plan"] = str(path)
+        return options
 
     def inputs(self, density: float) -> list[Input]:
         """Fresh inputs to rotate: many where a call is short, few where it is long."""
@@ -204,7 +214,7 @@ class _Bench:
         """The fastest setting of one backend; the median of each in microseconds."""
         sparse = backend == "sparse"
         model = self._whole("none" if sparse else self.case.quantize)
-        options = self._sparse_options() if sparse else None
+        options = self._sparse_options(inputs) if sparse else None
         best: Variant | None = None
         medians: dict[str, float] = {}
         self.compile_s[backend] = 0.0

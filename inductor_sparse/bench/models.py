@@ -116,7 +116,8 @@ class ModelCase:
     """What fixes a model and its data.
 
     ``op`` is of :data:`OPS`, ``dtype`` of :data:`DTYPES`, ``data`` of :data:`DATA`;
-    ``quantize`` is a value of ``sparse.quantize``.
+    ``quantize`` is a value of ``sparse.quantize``; a ``calibrated`` case is compiled
+    with a plan of its own inputs.
     """
 
     op: str
@@ -128,6 +129,7 @@ class ModelCase:
     device: str = "cpu"
     data: str = "random"
     quantize: str = "none"
+    calibrated: bool = False
 
     @property
     def weight_bytes(self) -> int:

@@ -20,6 +20,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from inductor_sparse import decisions
 from inductor_sparse.bench.models import Input, parts
 from inductor_sparse.errors import NothingAppliedError
+from inductor_sparse.report.calibrate import calibrate
 
 WARMUP_CALLS = 10
 GRAPH_CACHES_OFF = {
@@ -199,6 +201,16 @@ def _drop_tensors(module: types.ModuleType) -> None:
     for name, value in list(vars(module).items()):
         if isinstance(value, Tensor):
             delattr(module, name)
+
+
+def save_plan(model: nn.Module, inputs: Sequence[Input], path: Path) -> None:
+    """Measure every site of ``model`` on ``inputs`` and save the plan.
+
+    Through a function as :func:`compile_variant` makes it: sites are found again by
+    their path.
+    """
+    step = _own_code(model, "calibrate")
+    calibrate(step, [(x,) for x in inputs], path)
 
 
 def _own_code(model: nn.Module, label: str) -> Callable[[Input], Any]:

@@ -18,6 +18,7 @@ def ffn_row() -> dict[str, Any]:
         "device": "cpu",
         "data": "random",
         "quantize": "none",
+        "calibrated": False,
         "tokens": 1,
         "density": 0.1,
         "density_measured": 0.1002,

@@ -132,3 +132,14 @@ def test_a_run_with_a_recompilation_is_timed_again(
 def test_rejects_a_variant_that_never_settles(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsettledError, match="recompiled in each of 3 runs"):
         settle(monkeypatch, recompiling_runs=3)
+
+
+@pytest.mark.slow
+def test_a_plan_of_its_own_inputs_decides() -> None:
+    case = dataclasses.replace(CASE, calibrated=True)
+    sweep = dataclasses.replace(
+        SWEEP, cases=(case,), settings=SETTINGS[:1], densities=(0.1, 0.9)
+    )
+    sparse, dense = ffn.run(sweep)
+    assert (sparse["status"], sparse["calibrated"]) == ("applied", True)
+    assert (dense["status"], dense["reason"]) == ("dense", "too-dense")
