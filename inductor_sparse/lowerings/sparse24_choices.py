@@ -36,11 +36,15 @@ _LAST_RESORT_MS = 1e9
 class Oracle:
     """The right answer for the inputs of one autotuning, computed once.
 
-    ``scales`` says whether there is a row scale and a column scale.
+    ``scales`` says whether there is a row scale and a column scale.  ``timed`` counts
+    the results that were found right, ``short_of_memory`` says whether there was not
+    enough to compute or to check one.
     """
 
     def __init__(self, scales: tuple[bool, bool]) -> None:
         self.scales = scales
+        self.timed = 0
+        self.short_of_memory = False
         self._inputs: Sequence[Tensor] = ()
         self._rows = torch.empty(0, dtype=torch.int64)
         self._expected = torch.empty(0)
@@ -52,11 +56,11 @@ class Oracle:
     def error(self, result: Tensor, inputs: Sequence[Tensor]) -> float:
         """The relative error of ``result``; see :mod:`.candidate_check`."""
         if [t.data_ptr() for t in inputs] != [t.data_ptr() for t in self._inputs]:
-            self._inputs = tuple(inputs)
             self._rows = candidate_check.sample_rows(result.shape[0])
             self._expected = candidate_check.expected_rows(
                 self._rows, *with_scales(inputs, self.scales)
             )
+            self._inputs = tuple(inputs)  # now that the answer is theirs
         rows = result[self._rows.to(result.device)]
         return candidate_check.relative_error(rows, self._expected)
 
@@ -91,8 +95,11 @@ def checked_time(
                 allowed,
             )
             return math.inf
-        return float(benchmarker.benchmark_gpu(lambda: compute(*inputs)))
+        took = float(benchmarker.benchmark_gpu(lambda: compute(*inputs)))
+        oracle.timed += 1
+        return took
     except Exception as problem:  # whatever it is, the candidate is out of the race
+        oracle.short_of_memory |= isinstance(problem, torch.OutOfMemoryError)
         summary = str(problem).strip().partition("\n")[0]
         log.warning("%s is not a candidate: %s", name, summary)
         return math.inf

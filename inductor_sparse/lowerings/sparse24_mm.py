@@ -250,6 +250,8 @@ def _autotuned(
                 return_multi_template=False,
             )
     except torch.OutOfMemoryError:
+        oracle.short_of_memory = True
+    if oracle.short_of_memory and not oracle.timed:
         log.warning(
             "sparse24_mm %dx%dx%d: not enough memory to measure candidates",
             product.rows,

@@ -50,6 +50,8 @@ def test_every_block_of_rows_is_met(M: int) -> None:
     assert rows.max() == M - 1
     assert set((rows // 64).tolist()) == set(range(-(-M // 64)))
     assert len(rows) <= 2 * 128 + -(-M // 64)
+    # The first and the last tile, in full.
+    assert {*range(min(M, 128)), *range(max(0, M - 128), M)} <= set(rows.tolist())
 
 
 @pytest.mark.parametrize("M", [100, 4200])

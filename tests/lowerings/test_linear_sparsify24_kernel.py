@@ -134,6 +134,13 @@ def test_another_gpu_is_refused() -> None:
         assert hopper.refusal(x, x, "relu2") == "it is for sm_90, this is sm_80"
 
 
+def test_offsets_beyond_31_bits_are_computed_in_64() -> None:
+    source = hopper.kernel_source("k", torch.bfloat16, PLAIN)
+    assert "const long long S = " in source
+    assert "values + (long long)(row + half * 8) * S + " in source
+    assert "metadata[((long long)m_block * k_blocks + k_block) * 128 + " in source
+
+
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernel, "unavailable_reason", lambda: "no NVRTC; install")
     x = torch.zeros(64, 64).bfloat16()

@@ -90,6 +90,21 @@ def test_a_failing_candidate_takes_forever(
     assert caplog.messages == [f"candidate is not a candidate: {first_line}"]
 
 
+def test_an_answer_that_could_not_be_computed_is_tried_again(
+    inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    oracle = sparse24_choices.Oracle((False, False))
+    with monkeypatch.context() as short:
+        short.setattr(candidate_check, "expected_rows", fail)
+        assert sparse24_choices.checked_time("first", oracle, op, inputs) == math.inf
+        assert (oracle.timed, oracle.short_of_memory) == (0, True)
+    assert sparse24_choices.checked_time("second", oracle, op, inputs) == 0.25
+    assert oracle.timed == 1
+
+
 def test_the_answer_is_computed_once_and_forgotten(
     inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +125,10 @@ def test_the_answer_is_computed_once_and_forgotten(
     assert not oracle._inputs
     assert oracle.error(result, inputs) < 1e-2
     assert len(calls) == 2
+    # Other inputs have another answer.
+    values, metadata, w = inputs
+    assert oracle.error(2 * result, (2 * values, metadata, w)) < 1e-2
+    assert len(calls) == 3
 
 
 def choices_of(monkeypatch: pytest.MonkeyPatch, answer: int | Exception) -> list[Any]:
@@ -173,6 +192,26 @@ def test_no_memory_to_measure_in_is_no_failure(
         generated = generate()
     assert generated.kernels == ("sparse24_mm_0",)
     assert "512x256x1024: not enough memory to measure candidates" in caplog.text
+
+
+@pytest.mark.parametrize("timed", [0, 1])
+def test_no_memory_to_check_in_is_no_reason_for_the_dense_product(
+    timed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+
+    def select(name: str, choices: list[Any], *rest: Any, **how: Any) -> ir.TensorBox:
+        choices[0].oracle.short_of_memory = True
+        choices[0].oracle.timed = timed
+        return choices[-1].output_node()
+
+    monkeypatch.setattr(sparse24_mm, "autotune_select_algorithm", select)
+    with caplog.at_level(logging.WARNING, logger=sparse24_mm.log.name):
+        generated = generate()
+    dense = "inductor_sparse_masked_dense(" in generated.code
+    assert dense is bool(timed)
+    assert ("not enough memory to measure" in caplog.text) is not dense
+    assert generated.cuda_kernels == (() if dense else ("sparse24_mm_0",))
 
 
 def test_the_dense_product_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,22 @@ def test_a_round_more_is_counted() -> None:
     assert tile_model.rounds(tile, 257, columns, 132) == 2
 
 
+def test_a_tile_takes_time_even_if_the_reduction_is_short() -> None:
+    tile = sparse24_kernel.configs(HALF)[0]
+    one, many = (
+        tile_model.expected_seconds(tile, 256 * n, 66 * 256, 64, 2, 132)
+        for n in (1, 101)
+    )
+    assert 1e-6 < (many - one) / 100 < 3e-6
+
+
+def test_in_n_order_only_tiles_that_exist_are_taken() -> None:
+    in_k = tile_model.best_tile(1024, 5120, 21504, HALF, "k", 132)
+    in_n = tile_model.best_tile(1024, 5120, 21504, HALF, "n", 132)
+    assert in_k.block_n == 192
+    assert in_n in sparse24_kernel.configs(HALF, "n")
+
+
 def test_time_grows_with_the_reduction() -> None:
     tile = sparse24_kernel.configs(HALF)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -63,6 +64,13 @@ def test_a_contiguous_tensor_of_more_axes_is_the_matrix_of_its_last() -> None:
     words = torch.zeros(3, 5, 128, dtype=torch.int32)
     expected = Layout(words.data_ptr(), 128, 15, 512)
     assert TensorMap((128, 1)).layout(words) == expected
+
+
+def test_a_weight_of_more_than_2_to_the_31_elements_has_a_map() -> None:
+    weight = torch.empty(2**17, 2**15, dtype=torch.bfloat16, device="meta")
+    expected = Layout(0, 2**15, 2**17, 2**16)
+    assert BOX.layout(weight) == expected
+    assert dataclasses.replace(BOX, transposed=True).layout(weight.t()) == expected
 
 
 def test_a_transposed_map_says_which_axis() -> None:
