@@ -72,10 +72,11 @@ class QuantizedFFN(nn.Module):
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         super().__init__()
         self.activation = model.activation
-        wide = isinstance(model, FeedForward)
-        self.gate = QuantizedLinear(model.gate, dtype) if wide else None
-        gated = isinstance(model, FeedForward) and model.up is not None
-        self.up = QuantizedLinear(model.up, dtype) if gated else None
+        self.gate = self.up = None
+        if isinstance(model, FeedForward):
+            self.gate = QuantizedLinear(model.gate, dtype)
+            if model.up is not None:
+                self.up = QuantizedLinear(model.up, dtype)
         self.down = QuantizedLinear(model.down, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ A side that cannot run here says why; none is skipped in silence.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import re
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -220,23 +221,23 @@ def core_cutlass(operands: Operands) -> Rival:
     _need_cuda(operands)
     from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
+    def call_of(pruned_MK: Tensor, weight_NK: Tensor) -> Callable[[int], Tensor]:
+        packed: Any = SparseSemiStructuredTensorCUTLASS.from_dense(pruned_MK)
+        values, metadata, b_KN = packed.packed, packed.meta, weight_NK.t()
+        return lambda _: torch._sparse_semi_structured_mm(values, metadata, b_KN)
+
+    pruned_MK, weight_NK = operands.pruned_MK, operands.weight_NK
+    small = (pruned_MK[:PROBE, :PROBE], weight_NK[:PROBE, :PROBE])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pack = SparseSemiStructuredTensorCUTLASS.from_dense
             # Packing a large operand takes time and memory, a refusal neither.
-            probe = pack(operands.pruned_MK[:PROBE, :PROBE].contiguous())
-            other = operands.weight_NK[:PROBE, :PROBE].t()
-            torch._sparse_semi_structured_mm(probe.packed, probe.meta, other)
-            packed = pack(operands.pruned_MK)
-        values, metadata = packed.packed, packed.meta
-        b_KN = operands.weight_NK.t()
-        torch._sparse_semi_structured_mm(values, metadata, b_KN)
+            call_of(*(side.contiguous() for side in small))(0)
+            call = call_of(pruned_MK, weight_NK)
+        call(0)
     except (RuntimeError, NotImplementedError) as error:
         raise RivalUnavailableError(_first_line(error)) from error
-    return Rival(
-        lambda _: torch._sparse_semi_structured_mm(values, metadata, b_KN), sparse=True
-    )
+    return Rival(call, sparse=True)
 
 
 def torchao(operands: Operands) -> Rival:
@@ -248,8 +249,7 @@ def torchao(operands: Operands) -> Rival:
     if operands.pruned_MK.dtype is not torch.float8_e4m3fn:
         raise RivalUnavailableError("for float8_e4m3fn only")
     try:
-        from torchao import ops
-
+        ops: Any = importlib.import_module("torchao.ops")
         values, metadata = ops.to_sparse_semi_structured_cutlass_sm9x_f8(
             operands.pruned_MK
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -71,17 +72,10 @@ class MaskedLoad:
         F, N = self.w_FN.shape
         out_MN = torch.zeros(M, N, dtype=torch.float32, device=z_MF.device)
         grid = (triton.cdiv(F, self.block_f), triton.cdiv(N, self.block_n))
-        masked_spmm[grid](
-            z_MF,
-            self.w_FN,
-            out_MN,
-            F,
-            N,
-            M,
-            self.activation == "relu2",
-            self.block_f,
-            self.block_n,
-        )
+        launch: Any = masked_spmm[grid]
+        square = self.activation == "relu2"
+        sizes = (F, N, M, square, self.block_f, self.block_n)
+        launch(z_MF, self.w_FN, out_MN, *sizes)
         return out_MN
 
 
