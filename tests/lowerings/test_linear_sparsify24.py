@@ -6,9 +6,11 @@ Shape legend: ``M`` tokens, ``D`` features of the model, ``K`` neurons.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from fake_cuda import compile_cuda, cuda_sources, generate
 from torch import Tensor
 
 from inductor_sparse import formats, lowerings
-from inductor_sparse.lowerings import linear_sparsify24
+from inductor_sparse.lowerings import linear_sparsify24, linear_sparsify24_choices
 from inductor_sparse.lowerings import linear_sparsify24_kernel as hopper
-from inductor_sparse.lowerings.linear_sparsify24_choices import Oracle
+from inductor_sparse.lowerings.linear_sparsify24_choices import Candidate, Oracle
 
 KERNEL = "linear_sparsify24_bf16"
 H200 = 132
@@ -154,3 +156,42 @@ def test_candidates_are_checked() -> None:
     moved = formats.pack_index(swapped, torch.bfloat16)
     assert oracle.error((values, moved), inputs) > 0.1
     assert not oracle.error((values * torch.nan, metadata), inputs) < 0.01
+
+
+class _Clock:
+    def benchmark_gpu(self, fn: Callable[[], object]) -> float:
+        fn()
+        return 0.25
+
+
+def _milliseconds(
+    tile: hopper.TileConfig | None, inputs: list[Tensor], pack: Callable[..., Any]
+) -> float:
+    """What autotuning is told of a candidate that packs with ``pack``."""
+    candidate = Candidate(tile, [], None, Oracle("relu2"), lambda: None)
+    with (
+        patch.object(linear_sparsify24_choices, "benchmarker", _Clock()),
+        patch.object(candidate, "_pack", pack),
+    ):
+        return candidate.benchmark(*inputs, out=inputs[0])
+
+
+def test_a_candidate_that_is_wrong_or_fails_takes_forever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (values, metadata), inputs = _packed(130, 64, 100)
+    tile = hopper.TileConfig()
+
+    def fail(*_: Tensor) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    assert _milliseconds(tile, inputs, lambda *_: (values, metadata)) == 0.25
+    assert not caplog.messages
+    twice, nan = ((values * factor, metadata) for factor in (2, torch.nan))
+    assert _milliseconds(tile, inputs, lambda *_: twice) == math.inf
+    assert _milliseconds(tile, inputs, lambda *_: nan) == math.inf
+    assert "is off by nan of the largest value" in caplog.messages[-1]
+    assert _milliseconds(tile, inputs, fail) == math.inf
+    assert caplog.messages[-1].endswith("is not a candidate: CUDA out of memory")
+    # The pair needs no measuring to be right.
+    assert 1e6 < _milliseconds(None, inputs, fail) < math.inf
