@@ -20,6 +20,7 @@ from torch import Tensor
 from inductor_sparse import formats, lowerings
 from inductor_sparse.lowerings import linear_sparsify24, linear_sparsify24_choices
 from inductor_sparse.lowerings import linear_sparsify24_kernel as hopper
+from inductor_sparse.lowerings.cuda_template import CudaTemplateBuffer
 from inductor_sparse.lowerings.linear_sparsify24_choices import Candidate, Oracle
 
 KERNEL = "linear_sparsify24_bf16"
@@ -77,6 +78,9 @@ def test_energy_is_an_argument_that_is_written() -> None:
     (name,) = made.cuda_kernels
     assert "double* __restrict__ energy" in cuda_sources(made.code)[name]
     assert f"{name}.run(arg0_1, arg1_1, buf" in made.code
+    (kernel,) = (b for b in made.graph.buffers if isinstance(b, CudaTemplateBuffer))
+    written = [buffer.get_mutation_names() for buffer in kernel.mutation_outputs]
+    assert len(written) == 2  # metadata and energy, which others may read afterwards
 
 
 def _rows(columns: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -104,6 +108,53 @@ def test_a_product_and_a_packing_elsewhere(
     assert reason in caplog.text
     assert not made.cuda_kernels
     assert "extern_kernels.mm(" in made.code
+
+
+def _narrowed(x: Tensor, flat: Tensor) -> Any:
+    return _op()(x, flat.narrow(0, 4, 4096 * 512).view(4096, 512))
+
+
+def _made_by_an_op(x: Tensor, w1: Tensor) -> Any:
+    copy = torch.ops.inductor_sparse.row_major_weight
+    return _op()(x, copy(w1, [4096, 512], [512, 1], 0, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("fn", "w1", "options"),
+    [
+        (_narrowed, _meta(4 + 4096 * 512), {}),
+        (_made_by_an_op, _meta(4096, 512), {"assume_unaligned_fallback_output": True}),
+    ],
+)
+def test_an_unaligned_operand_is_multiplied_elsewhere(
+    fn: Callable[..., Any],
+    w1: Tensor,
+    options: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "inductor_sparse.lowerings.linear_sparsify24"):
+        made = generate(fn, _meta(2048, 512), w1, inductor=options)
+    assert "does not start at 16 bytes" in caplog.text
+    assert not made.cuda_kernels
+
+
+def test_one_matrix_in_both_roles_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Autotuning would merge the two, and candidates would get one input too few."""
+    monkeypatch.delattr(linear_sparsify24, "autotune_select_algorithm")
+    tuned = {"max_autotune_gemm": True}
+    made = generate(lambda x: _op()(x, x), _meta(4096, 4096), inductor=tuned)
+    assert len(made.cuda_kernels) == 1
+
+
+def test_a_wrapper_that_is_not_python_multiplies_and_packs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "inductor_sparse.lowerings.linear_sparsify24"):
+        made = generate(_op(), *_rows(512), inductor={"cpp_wrapper": True})
+    assert "the kernel is launched from Python" in caplog.text
+    assert not made.cuda_kernels
 
 
 def test_the_expected_rate_decides() -> None:

@@ -125,7 +125,25 @@ def test_what_it_takes_and_why_not() -> None:
     empty = "a size of (0, 64) is 0 or over 1073741824"
     assert _refusal(x[:0], w1) == empty
     shifted = "an operand does not start at a multiple of 16 bytes"
-    assert _refusal(x[:, 1:], w1[:, 1:]) == shifted
+    padded = torch.zeros(70, 72).bfloat16()[:, 1:65]
+    assert _refusal(padded, w1) == _refusal(x, padded) == shifted
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "taken"),
+    [
+        ((2**30, 64), (64, 1), True),
+        ((2**30 + 1, 64), (64, 1), False),
+        ((70, 64), (0, 1), False),
+        ((70, 64), (56, 1), False),
+        ((70, 64), (128, 2), False),
+        ((70, 0), (64, 1), False),
+    ],
+)
+def test_layouts_that_bulk_copies_take(
+    size: tuple[int, int], stride: tuple[int, int], taken: bool
+) -> None:
+    assert (hopper.layout_refusal(size, stride) is None) is taken
 
 
 def test_another_gpu_is_refused() -> None:

@@ -186,6 +186,19 @@ def test_an_unaligned_weight_is_refused(caplog: pytest.LogCaptureFixture) -> Non
     assert reason == "arg2_1 does not start at 16 bytes"
 
 
+def test_a_weight_that_may_be_unaligned_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fn(v: Tensor, m: Tensor, w: Tensor) -> Tensor:
+        copy = torch.ops.inductor_sparse.row_major_weight
+        return op(v, m, copy(w, [256, 1024], [1024, 1], 0, BF16).t())
+
+    options = {"assume_unaligned_fallback_output": True}
+    inputs = (*packed(512, 1024), meta(256, 1024))
+    reason = refused(caplog, fn, *inputs, inductor=options)
+    assert reason.endswith("does not start at 16 bytes")
+
+
 def test_without_a_compiler_the_op_is_called(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
