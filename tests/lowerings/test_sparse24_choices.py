@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._inductor import ir
 
-from inductor_sparse import formats
+from inductor_sparse import _compat, formats
 from inductor_sparse.lowerings import (
     candidate_check,
     sparse24_choices,
@@ -174,6 +174,32 @@ def test_every_tile_and_the_kernels_of_others_are_offered(
     assert len({choice.hash_key() for choice in offered}) == len(offered)
     assert generated.kernels == ("sparse24_mm_0",)
     assert f"threads={tiles[1].threads}, cluster={tiles[1].cluster}" in generated.code
+
+
+def test_one_tensor_in_two_roles_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Autotuning would merge the two, and candidates would get one input too few."""
+    monkeypatch.delattr(sparse24_mm, "autotune_select_algorithm")
+    like: dict[str, Any] = {"dtype": torch.int8, "device": "meta"}
+    words = formats.metadata_shape(256, 1024)
+    generated = fake_cuda.generate(
+        lambda v, m, w, s: op(v, m, w.t(), s, s),
+        torch.empty(formats.values_shape(256, 1024), **like),
+        torch.empty(words, dtype=torch.int32, device="meta"),
+        torch.empty(256, 1024, **like),
+        torch.empty(256, device="meta"),
+        inductor={"max_autotune_gemm": True},
+    )
+    assert generated.kernels == ("sparse24_mm_0",)
+
+
+def test_nothing_is_measured_where_runs_must_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(sparse24_mm, "autotune_select_algorithm")
+    monkeypatch.setattr(_compat, "is_deterministic", lambda: True)
+    assert generate().kernels == ("sparse24_mm_0",)
 
 
 def test_the_dense_product_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
