@@ -86,6 +86,12 @@ def test_refusals(
         assert reason in str(refusal)
 
 
+def test_bulk_copies_store_rows_of_whole_16_bytes() -> None:
+    takes = sparse24_gemm.stores_through_tma
+    assert [takes(BF16, N) for N in (8, 100, 104, 7)] == [True, False, True, False]
+    assert not takes(torch.float32, 8)
+
+
 @pytest.mark.parametrize("tma_store", [False, True])
 def test_the_arguments_of_the_plain_kernel(tma_store: bool) -> None:
     kernel = sparse24_gemm.plain_kernel(

@@ -1,7 +1,8 @@
-"""What the printer refuses by itself, whatever Inductor's scheduler lets through.
+"""What the printer decides by itself, whatever Inductor's scheduler lets through.
 
 Nodes here are as small as the printer sees them: ranges, reads, outputs, and a body
-that calls ops.  The product is ``product``, 6 x 8; ``other`` is a tensor of that shape.
+that calls ops.  The product is ``product``, 6 x 8; ``other`` is a tensor of that shape,
+``half`` one of 16 bits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def buffer(name: str, spec: Any = None, device: torch.device = GPU) -> Any:
     )
 
 
-BUFFERS = {name: buffer(name) for name in ("product", "other", "out", "next")}
+BUFFERS = {name: buffer(name) for name in ("product", "other", "out", "next", "half")}
 BUFFERS["on_cpu"] = buffer("on_cpu", device=CPU)
 
 
@@ -70,7 +71,7 @@ def node(
 def printer() -> Iterator[EpiloguePrinter]:
     graph = SimpleNamespace(
         sizevars=SizeVarAllocator(),
-        get_dtype=lambda name: torch.float32,
+        get_dtype=lambda name: torch.bfloat16 if name == "half" else torch.float32,
         get_buffer=BUFFERS.__getitem__,
         unaligned_buffers=set(),
         scheduler=None,
@@ -180,3 +181,47 @@ def test_half_of_a_refused_node_is_forgotten(printer: EpiloguePrinter) -> None:
     refusal(printer, node("out", body))
     assert printer.fuse(node("next", copy("product", to="next")))
     assert printer.finish(set()).arguments == ("product", "next")
+
+
+def store_half(transposed: bool, integer: bool) -> Body:
+    def body(variables: Sequence[sympy.Symbol]) -> None:
+        i, j = variables
+        value = ops.load("product", N * i + j)
+        if integer:
+            value = ops.index_expr(i, torch.int64)
+        ops.store("half", M * j + i if transposed else N * i + j, value)
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("transposed", "integer", "removed", "primary"),
+    [
+        (False, False, set(), "half"),
+        (True, False, set(), None),
+        (False, True, set(), None),
+        (False, False, {"half"}, None),
+    ],
+)
+def test_the_kernel_stores_floats_of_16_bits_in_rows(
+    transposed: bool,
+    integer: bool,
+    removed: set[str],
+    primary: str | None,
+    printer: EpiloguePrinter,
+) -> None:
+    assert printer.fuse(node("half", store_half(transposed, integer)))
+    printed = printer.finish(removed | {"product"})
+    assert printed.primary_buffer == primary
+    assert ("epilogue::store" in printed.body) is (primary is None and not removed)
+
+
+def test_two_elements_are_one_access_only_where_both_are_aligned(
+    printer: EpiloguePrinter,
+) -> None:
+    V.graph.unaligned_buffers.add("other")
+    assert printer.fuse(node("out", copy("product", "other")))
+    body = printer.finish({"product"}).body
+    assert "epilogue::load2(" not in body
+    assert body.count("epilogue::load(") == 2
+    assert "epilogue::store2(" in body
