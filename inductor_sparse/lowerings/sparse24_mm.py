@@ -239,6 +239,7 @@ def _autotuned(
         sparse24_choices.CheckedExtern(extern, product.operands, product.layout, oracle)
         for extern in externs
     ]
+    chosen: Any = None
     try:
         with sparse24_choices.forgetting(oracle), _compat.measuring_in_this_process():
             chosen = autotune_select_algorithm(

@@ -18,6 +18,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.common import KernelArgs
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from inductor_sparse.lowerings.cuda_epilogue import EpiloguePrinter
 
@@ -112,6 +113,24 @@ def gather(variables: Sequence[sympy.Symbol]) -> None:
     ops.store("out", N * i + j, ops.load("product", N * at + j))
 
 
+def odd_place(variables: Sequence[sympy.Symbol]) -> None:
+    i, j = variables
+    value = ops.load("product", N * i + j)
+    ops.store("out", sympy.Max(N * i + j, 1), value)
+
+
+def permuted(variables: Sequence[sympy.Symbol]) -> None:
+    """Rows 0, 3, 1, 4, 2, 5 one after the other."""
+    i, j = variables
+    row = 2 * ModularIndexing(i, 1, 3) + FloorDiv(i, 3)
+    ops.store("out", N * row + j, ops.load("product", N * i + j))
+
+
+def flat(variables: Sequence[sympy.Symbol]) -> None:
+    (i,) = variables
+    ops.store("next", i, ops.load("out", i))
+
+
 def refusal(printer: EpiloguePrinter, refused: Any) -> str:
     """Why the printer refuses, and that nothing of the node is left."""
     arguments, stored = printer.kernel.args, dict(printer.stored)
@@ -160,12 +179,19 @@ def test_what_reads_a_refused_node_is_refused(printer: EpiloguePrinter) -> None:
         (copy("product", at=1), "a read at "),
         (copy("product", step=2), "a read at "),
         (gather, "an index that is read from a tensor"),
+        (odd_place, "the index Max("),
     ],
 )
 def test_what_cannot_be_printed_is_refused(
     body: Body, reason: str, printer: EpiloguePrinter
 ) -> None:
     assert refusal(printer, node("out", body)).startswith(reason)
+
+
+def test_what_reads_rows_in_another_order_is_refused(printer: EpiloguePrinter) -> None:
+    assert printer.fuse(node("out", permuted))
+    reason = refusal(printer, node("next", flat, ranges=(M * N,)))
+    assert reason.startswith("a read of a buffer at ")
 
 
 def test_a_tensor_that_is_updated_in_place_is_refused(printer: EpiloguePrinter) -> None:
