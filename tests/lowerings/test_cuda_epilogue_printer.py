@@ -171,6 +171,12 @@ def test_what_reads_a_refused_node_is_refused(printer: EpiloguePrinter) -> None:
     assert reason == "reads ['out'], which is not complete yet"
 
 
+def test_a_further_output_of_the_kernel_is_not_read(printer: EpiloguePrinter) -> None:
+    filling = EpiloguePrinter(printer.kernel, BUFFERS["product"], {"other"})
+    reader = node("out", copy("product", "other"), reads=("product", "other"))
+    assert refusal(filling, reader) == "reads ['other'], which is not complete yet"
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
