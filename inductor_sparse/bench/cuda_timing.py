@@ -136,15 +136,12 @@ def interleave(
 
 
 def glance_us(call: Call, repeats: int = 3) -> float:
-    """Microseconds per call, roughly: plain launches, hardly warmed up."""
-    call(0)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for index in range(repeats):
-        call(index)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / repeats
+    """Microseconds per call, roughly: hardly warmed up, but of the device alone.
+
+    Raises:
+        CaptureError: the call does something a CUDA graph cannot hold.
+    """
+    return capture("a candidate", call, repeats, None).sample_us(replays=2)
 
 
 def _replays(one: Captured, before: Before | None) -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from inductor_sparse.bench.gemm import Operands
 
 _DEFAULT, _, _AUTOTUNED, _ = SETTINGS
-FINALISTS, FINAL_ROUNDS = 4, 5
+FINALISTS, FINAL_ROUNDS = 6, 5
 PROBE = 128
 ALGORITHMS = 64
 """cuSPARSELt algorithms tried at most; their number is not told, the last one fails."""
