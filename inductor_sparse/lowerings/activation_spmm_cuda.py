@@ -93,7 +93,8 @@ def choose_tile(
     warps = min(8 if dot else 4, power_of_2(-(-N // a_warp)))
     resident = 16 if dot else _RESIDENT_WARPS[block]
     tiles = -(-N // (warps * a_warp)) * (1 if tokens is None else -(-tokens // block))
-    splits = max(1, min(-(-K // 16), resident * processors // (warps * tiles)))
+    most_splits = min(-(-K // 32), 2 * processors)
+    splits = max(1, min(most_splits, resident * processors // (warps * tiles)))
     share = -(-K // (16 * splits)) * 16
     return Tile(
         TOKENS=block,
