@@ -74,6 +74,8 @@ class Entry:
     """One copy, and the state of the weight that it was made from.
 
     ``places`` are the size and strides of the sample; both are None on a GPU.
+    ``captured`` says that a CUDA graph reads the copy: it may be replayed when another
+    weight has come to lie at the same address, so the memory must stay.
     """
 
     key: Key
@@ -82,6 +84,7 @@ class Entry:
     copies: tuple[Tensor, ...]
     places: Places | None = None
     sample: Tensor | None = None
+    captured: bool = False
 
     def is_right(self, weight: Tensor) -> bool:
         """Whether ``weight``, at the address of the copied one, still has its values.
@@ -170,9 +173,11 @@ def _fetch(
     if weight.is_inference():  # no version counter: nothing could be noticed
         return key.make(weight)
     entry = _entries.get(key)
+    captures = weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if entry is not None and entry.is_right(weight):
+        entry.captured |= captures
         return entry.copies
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    if captures:
         # Nobody has warmed this graph up: it makes a copy of its own at every replay.
         return key.make(weight)
     return refresh(key, weight.detach()).copies
@@ -197,7 +202,8 @@ def refresh(key: Key, weight: Tensor) -> Entry:
                 kept.copy_(new)
             copies = old.copies
         storage = StorageWeakRef(weight.untyped_storage())
-        entry = Entry(key, storage, version, copies)
+        captured = old is not None and old.captured
+        entry = Entry(key, storage, version, copies, captured=captured)
         if weight.device.type == "cpu":
             entry.places = _places(weight)
             window = weight.as_strided(*entry.places, weight.storage_offset())
@@ -210,7 +216,11 @@ def refresh(key: Key, weight: Tensor) -> Entry:
 
 
 def _drop_dead(but: Key | None = None) -> None:
-    dead = [key for key, entry in _entries.items() if entry.storage.expired()]
+    dead = [
+        key
+        for key, entry in _entries.items()
+        if entry.storage.expired() and not entry.captured
+    ]
     for key in dead:
         if key != but:
             del _entries[key]
@@ -228,7 +238,7 @@ def changes() -> int:
 
 
 def nbytes() -> int:
-    """Bytes held by all copies of weights that are still alive."""
+    """Bytes held by the copies of living weights, and by those in CUDA graphs."""
     with _lock:
         _drop_dead()
         return sum(copy.nbytes for e in _entries.values() for copy in e.copies)

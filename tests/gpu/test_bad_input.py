@@ -276,10 +276,10 @@ def test_tokens_of_any_number_with_few_graphs(log: DecisionLog) -> None:
 def test_the_limits_of_the_regimes_are_crossed_with_few_graphs(
     log: DecisionLog,
 ) -> None:
-    module = Down(2048, 8192)
+    module = Down(4096, 16384)
     run = torch.compile(module, backend="sparse", dynamic=True)
     for rows in (8192, 3, 700, 1, 8191, 5000, 2, 9, 16):
-        z = tokens(rows, 8192) - 1.28
+        z = tokens(rows, 16384) - 1.28
         wanted = module(z)
         assert (run(z) - wanted).norm() < 0.05 * wanted.norm(), rows
     assert {"sparse24_mm", "activation_spmm", "not-profitable"} <= set(outcomes(log))

@@ -188,9 +188,9 @@ def test_threads_share_a_kernel() -> None:
     wrong: list[object] = []
 
     def work(number: int) -> None:
-        out = torch.zeros(4096, device="cuda")
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
+            out = torch.zeros(4096, device="cuda")
             for step in range(200):
                 kernel.run(
                     None, out, 4096, shift(step), float(number), stream=current()

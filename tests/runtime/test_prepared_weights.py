@@ -103,6 +103,19 @@ def test_the_copy_of_a_freed_weight_is_dropped() -> None:
     assert prepared_weights.nbytes() == 0
 
 
+def test_the_copy_in_a_cuda_graph_outlives_its_weight() -> None:
+    weight = nn.Parameter(torch.randn(48, 80))
+    copy = transposed(weight)
+    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    entry.captured = True  # as a capture does
+    del weight
+    gc.collect()
+    assert prepared_weights.nbytes() == copy.nbytes
+    again = prepared_weights.refresh(entry.key, torch.randn(48, 80))
+    assert again.captured
+    prepared_weights.forget()
+
+
 def test_a_new_weight_at_the_same_address_has_its_own_copy() -> None:
     for _ in range(20):  # the allocator hands out the same block again
         weight = nn.Parameter(torch.randn(48, 80))
