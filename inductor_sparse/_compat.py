@@ -106,11 +106,12 @@ def is_tracing() -> bool:
     return bool(getattr(logger, "handlers", None))
 
 
-def is_packaging() -> bool:
-    """Whether what is compiled is for AOTInductor, and will run without Python."""
+def has_cpp_wrapper() -> bool:
+    """Whether C++ calls the kernels: in an AOTInductor package, or by option."""
+    from torch._inductor import config
     from torch._inductor.virtualized import V
 
-    return V.aot_compilation is True
+    return V.aot_compilation is True or bool(config.cpp_wrapper)
 
 
 def uses_cuda_graphs() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from inductor_sparse import profitability
-from inductor_sparse._compat import is_packaging
+from inductor_sparse._compat import has_cpp_wrapper
 from inductor_sparse.decisions import Reason
 from inductor_sparse.passes.fx_utils import VIEWS, is_call, tensor_of
 from inductor_sparse.passes.sites import MATMULS, Rejection, Site
@@ -51,6 +51,17 @@ def batch_obstacle(site: Site) -> Rejection | None:
     return Rejection(Reason.NO_KERNEL_YET, "a batch of matrices has no GPU kernel yet")
 
 
+def wrapper_obstacle() -> Rejection | None:
+    """Why nothing can be launched from what will call the kernels, or None."""
+    if not has_cpp_wrapper():
+        return None
+    return Rejection(
+        Reason.NO_KERNEL_YET,
+        "GPU kernels are launched from Python, and this graph is called from C++ "
+        "(AOTInductor, or cpp_wrapper)",
+    )
+
+
 def graph_obstacle(context: PassContext) -> Rejection | None:
     """Why nothing is packed in a graph: it has a backward, or runs without Python."""
     if context.is_training:
@@ -59,13 +70,7 @@ def graph_obstacle(context: PassContext) -> Rejection | None:
             "the graph has a backward, and 2:4 drops values: the model would learn "
             "something else; call it under torch.no_grad() for inference",
         )
-    if is_packaging():
-        return Rejection(
-            Reason.NO_KERNEL_YET,
-            "2:4 kernels are launched from Python, which an AOTInductor package has "
-            "none of",
-        )
-    return None
+    return wrapper_obstacle()
 
 
 def layout_obstacle(site: Site) -> Rejection | None:

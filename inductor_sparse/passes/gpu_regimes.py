@@ -21,6 +21,7 @@ from inductor_sparse.passes.gpu_obstacles import (
     kernel_obstacle,
     layout_obstacle,
     replaces_activation,
+    wrapper_obstacle,
 )
 from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
 from inductor_sparse.passes.sites import Rejection, Site
@@ -94,8 +95,10 @@ def choose_on_gpu(
     wanted = context.option("activation_format")
     obstacles: Obstacles = {}
     if wanted != "2:4":
-        obstacles[Regime.SKIP] = batch_obstacle(site) or kernel_obstacle(
-            (rule.op,), site.dtype, decision.arch, context
+        obstacles[Regime.SKIP] = (
+            batch_obstacle(site)
+            or wrapper_obstacle()
+            or kernel_obstacle((rule.op,), site.dtype, decision.arch, context)
         )
     packing = Packing(site.dtype, site.dtype, replaces_activation(site))
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
@@ -140,9 +143,8 @@ def _pack_pays(site: Site, packing: Packing, limits: Limits) -> bool:
     """Whether 2:4 wins for the number of tokens, or for every one that is guarded."""
     M, K, N = site.sizes
     if isinstance(M, int) and isinstance(K, int) and isinstance(N, int):
-        return (
-            cuda.PREFILL_TOKENS[0] <= M and packing.gain(M, K, N) >= cuda.PREFILL_MARGIN
-        )
+        large = cuda.PREFILL_TOKENS[0] <= M and cuda.PREFILL_MIN_SIZE <= min(K, N)
+        return large and packing.gain(M, K, N) >= cuda.PREFILL_MARGIN
     return limits.pack_from is not None and decide(limits.pack_from <= M)
 
 

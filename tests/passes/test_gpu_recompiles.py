@@ -27,6 +27,7 @@ def _cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(regimes, "ON_GPU", ("cpu",))
     cuda = gpu_regimes.cuda
     monkeypatch.setattr(cuda, "PREFILL_TOKENS", (MANY,))
+    monkeypatch.setattr(cuda, "PREFILL_MIN_SIZE", 1)
     monkeypatch.setattr(cuda, "decode_max_tokens", lambda *_, **__: FEW)
     monkeypatch.setattr(cuda, "prefill_min_tokens", lambda *_, **__: MANY)
     monkeypatch.setattr(

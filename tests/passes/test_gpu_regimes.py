@@ -47,10 +47,11 @@ def run(
     M: int = 2048,
     dtype: torch.dtype = torch.bfloat16,
     arch: str = "sm_90",
+    outputs: int = N,
     **context: Any,
 ) -> tuple[fx.GraphModule, Decision]:
     x = torch.empty(M, K, dtype=dtype, device="meta")
-    w = torch.empty(N, K, dtype=dtype, device="meta")
+    w = torch.empty(outputs, K, dtype=dtype, device="meta")
     gm = trace(fn, x, w, device="cuda")
     context.setdefault("architecture", lambda device: arch)
     (decision,) = rewrite(gm, static=[1], **context).decisions
@@ -224,7 +225,16 @@ def test_packages_run_without_python() -> None:
         _, decision = run()
         assert decision.reason is Reason.NO_KERNEL_YET
         assert "AOTInductor" in decision.detail
-        assert run(M=1)[1].op == "activation_spmm"
+        assert run(M=1)[1].reason is Reason.NO_KERNEL_YET
+    with inductor_config.patch(cpp_wrapper=True):
+        assert run(M=1)[1].reason is Reason.NO_KERNEL_YET
+
+
+def test_narrow_products_are_not_packed() -> None:
+    narrow = profitability.cuda.PREFILL_MIN_SIZE // 2
+    _, decision = run(M=65536, outputs=narrow)
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert "2:4 never" in decision.detail
 
 
 def test_cuda_graphs_launch_small_products_in_no_time() -> None:
