@@ -119,10 +119,15 @@ def check_energy(op: str, energy: Tensor | None) -> None:
     if energy is None:
         return
     reference.check_shape(op, "energy", energy, ENERGY_SLOTS, len(ENERGY))
+    remedy = f"take it from torch.ops.{NAMESPACE}.site_energy"
     if energy.dtype != torch.float64:
         raise SparseShapeError(
-            f"{op}: energy is {energy.dtype}, expected torch.float64; take it from "
-            f"torch.ops.{NAMESPACE}.site_energy"
+            f"{op}: energy is {energy.dtype}, expected torch.float64; {remedy}"
+        )
+    if not energy.is_contiguous():  # kernels add at 2 * slot, whatever the strides
+        raise SparseShapeError(
+            f"{op}: energy has strides {tuple(energy.stride())}, expected a "
+            f"contiguous tensor; {remedy}"
         )
 
 
@@ -268,7 +273,8 @@ def _fake_sparsify24(
 ) -> tuple[Tensor, Tensor]:
     check_energy("sparsify24", energy)
     reference.check_sparsify24(x, activation, select)
-    return _new_packed(x, *x.shape, x.dtype)
+    rows, features = x.shape
+    return _new_packed(x, rows, features, x.dtype)
 
 
 def _fake_sparsify24_quantized(
@@ -280,8 +286,9 @@ def _fake_sparsify24_quantized(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_energy("sparsify24_quantized", energy)
     reference.check_sparsify24_quantized(x, activation, select, dtype)
-    row_scale = x.new_empty(x.shape[0], dtype=torch.float32)
-    return *_new_packed(x, *x.shape, dtype), row_scale
+    rows, features = x.shape
+    row_scale = x.new_empty(rows, dtype=torch.float32)
+    return *_new_packed(x, rows, features, dtype), row_scale
 
 
 def _fake_linear_sparsify24(

@@ -168,6 +168,11 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
         (X, "relu", "largest", torch.zeros(2, dtype=torch.float64)),
         "energy has shape (2,), expected [256, 2]",
     ),
+    (
+        "linear_sparsify24",
+        (X, W1, None, "relu", "largest", torch.zeros(2, 256, dtype=torch.float64).t()),
+        "energy has strides (1, 256), expected a contiguous tensor; take it from",
+    ),
     ("linear_sparsify24", (X, W1[:, :3], None, "relu", "largest"), "expected [K, 4]"),
     (
         "linear_sparsify24",

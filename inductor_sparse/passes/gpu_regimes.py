@@ -143,7 +143,7 @@ def _pack_pays(site: Site, packing: Packing, limits: Limits) -> bool:
     """Whether 2:4 wins for the number of tokens, or for every one that is guarded."""
     M, K, N = site.sizes
     if isinstance(M, int) and isinstance(K, int) and isinstance(N, int):
-        large = cuda.PREFILL_TOKENS[0] <= M and cuda.PREFILL_MIN_SIZE <= min(K, N)
+        large = cuda.PREFILL_TOKENS[0] <= M and min(K, N) >= cuda.PREFILL_MIN_SIZE
         return large and packing.gain(M, K, N) >= cuda.PREFILL_MARGIN
     return limits.pack_from is not None and decide(limits.pack_from <= M)
 
