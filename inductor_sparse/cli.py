@@ -20,17 +20,27 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inductor_sparse.bench import commands as bench_commands
-from inductor_sparse.bench.display import print_report, print_table, progress
+from inductor_sparse.bench.display import (
+    print_line,
+    print_report,
+    print_table,
+    progress,
+)
 from inductor_sparse.errors import SparseError, SparseOptionError
+
+if TYPE_CHECKING:
+    from inductor_sparse.doctor import Check
 
 OK, BAD_NEWS, ERROR, INTERRUPTED = 0, 1, 2, 130
 STYLE_OF_STATUS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+_STATUS_WIDTH, _NAME_WIDTH = 8, 21
+"""Of the first columns of ``doctor``: its longest name and a gap."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,18 +112,30 @@ def _doctor(arguments: argparse.Namespace) -> int:
     """``doctor``."""
     from inductor_sparse import doctor
 
+    found = doctor.run_checks()
+    if not arguments.json:
+        return BAD_NEWS if doctor.has_failure(_printed(found)) else OK
     with progress(None, "checks") as update:
         update("checking", 0)
-        checks = doctor.run_checks()
+        checks = list(found)
     failed = doctor.has_failure(checks)
-    if arguments.json:
-        report = {"ok": not failed, "checks": [check.to_dict() for check in checks]}
-        print(json.dumps(report, indent=2))
-    else:
-        cells = [[c.status.value, c.name, c.detail, c.remedy] for c in checks]
-        styles = [STYLE_OF_STATUS[check.status.value] for check in checks]
-        print_table(["status", "check", "found", "what to do"], cells, styles)
+    report = {"ok": not failed, "checks": [check.to_dict() for check in checks]}
+    print(json.dumps(report, indent=2))
     return BAD_NEWS if failed else OK
+
+
+def _printed(checks: Iterable[Check]) -> list[Check]:
+    """All of ``checks``, each printed as soon as it is known: some take seconds."""
+    print_line(f"{'status':{_STATUS_WIDTH}}{'check':{_NAME_WIDTH}}found")
+    done = []
+    for check in checks:
+        status = check.status.value
+        line = f"{status:{_STATUS_WIDTH}}{check.name:{_NAME_WIDTH}}{check.detail}"
+        print_line(line, STYLE_OF_STATUS[status])
+        if check.remedy:
+            print_line(f"{'':{_STATUS_WIDTH}}what to do: {check.remedy}")
+        done.append(check)
+    return done
 
 
 def _explain(arguments: argparse.Namespace) -> int:

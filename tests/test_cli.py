@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from inductor_sparse import cli
-from inductor_sparse.doctor import Check, CheckStatus
+from inductor_sparse.doctor import CHECKS, Check, CheckStatus
 from inductor_sparse.errors import SparseOptionError
 from inductor_sparse.passes import PIPELINE
 
@@ -129,9 +130,32 @@ def test_doctor_exits_by_its_worst_check(
     assert report["ok"] == (expected == cli.OK)
     assert report["checks"][0]["status"] == status.value
     assert cli.main(["doctor"]) == expected
-    assert capsys.readouterr().out.splitlines()[1].split() == [
-        *(status.value, "one", "seen", "do")
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [status.value, "one", "seen"]
+    assert lines[2].strip() == "what to do: do"
+    assert lines[3].split() == ["pass", "two", "x"]
+    assert lines[0].index("found") == lines[1].index("seen") == lines[3].index("x")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_doctor_prints_each_check_when_it_ends(
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def checks() -> Iterator[Check]:
+        yield Check("quick", CheckStatus.PASS, "yes")
+        assert "quick" in capsys.readouterr().out
+        yield Check("slow", CheckStatus.WARN, "late", "wait")
+        assert "wait" in capsys.readouterr().out
+
+    monkeypatch.setattr("inductor_sparse.doctor.run_checks", checks)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert cli.main(["doctor"]) == cli.OK
+
+
+def test_names_of_checks_fit_their_column() -> None:
+    assert max(len(name) for name, _, _ in CHECKS) < cli._NAME_WIDTH
 
 
 def test_module_runs_as_a_program() -> None:

@@ -25,7 +25,7 @@ def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_every_check_passes_or_says_what_to_do() -> None:
-    checks = run_checks()
+    checks = list(run_checks())
     assert [check.name for check in checks] == [name for name, _, _ in doctor.CHECKS]
     for check in checks:
         assert check.detail
@@ -73,7 +73,7 @@ def test_an_exception_becomes_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(doctor, "CHECKS", (("bomb", explode, "call for help"),))
-    assert run_checks() == [
+    assert list(run_checks()) == [
         Check("bomb", CheckStatus.FAIL, "RuntimeError: first line", "call for help")
     ]
 
@@ -140,3 +140,32 @@ def test_bf16_instructions_are_never_required(
 ) -> None:
     monkeypatch.setattr(doctor, "_cpu_capabilities", lambda: capabilities)
     assert doctor.check_avx512_bf16()[0] is status
+
+
+@pytest.mark.parametrize(
+    ("capability", "machine", "status", "detail"),
+    [
+        ("AVX512", "x86_64", CheckStatus.PASS, "AVX512 (the CPU; not tried with"),
+        ("AVX2", "x86_64", CheckStatus.WARN, "AVX2 (the CPU; not tried with"),
+        ("SVE256", "aarch64", CheckStatus.WARN, "SVE256 (the CPU; not tried with"),
+        ("DEFAULT", "x86_64", CheckStatus.WARN, "none: kernels are scalar"),
+        ("DEFAULT", "aarch64", CheckStatus.WARN, "not determined on aarch64"),
+    ],
+)
+def test_vector_instructions_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    machine: str,
+    status: CheckStatus,
+    detail: str,
+) -> None:
+    def compile_nothing() -> None:
+        raise AssertionError("this takes long")
+
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", compile_nothing)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    found, said, remedy = doctor.check_vector_isa()
+    assert found is status
+    assert said.startswith(detail)
+    assert bool(remedy) == (status is CheckStatus.WARN)

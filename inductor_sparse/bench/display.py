@@ -73,6 +73,18 @@ def print_table(
     Console().print(table)
 
 
+def print_line(text: str, style: str = "") -> None:
+    """Print one line to standard output at once; ``style`` is rich's, for terminals."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+            from rich.text import Text
+
+            Console().print(Text(text, style))
+            return
+    print(text, flush=True)
+
+
 def print_report(report: object) -> None:
     """Print what has a rich form in colour on a terminal, else as its ``str``."""
     if not sys.stdout.isatty():
