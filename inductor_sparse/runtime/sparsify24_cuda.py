@@ -54,7 +54,9 @@ def row_plan(features: int | None) -> RowPlan:
     if features is None or features > LARGEST_WHOLE_ROW:
         return RowPlan(whole=False, block_k=8192, num_warps=8)
     block = max(formats.BLOCK, 1 << (features - 1).bit_length())
-    return RowPlan(whole=True, block_k=block, num_warps=max(1, block // 2048))
+    # 32 values of a thread in short rows, so that there are warps; 64 in long ones.
+    num_warps = max(1, min(4, block // 1024), block // 2048)
+    return RowPlan(whole=True, block_k=block, num_warps=num_warps)
 
 
 def activation_constants(activation: str, select: str) -> dict[str, bool | int]:

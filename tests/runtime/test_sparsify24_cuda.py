@@ -17,7 +17,7 @@ from inductor_sparse.runtime.sparsify24_cuda import RowPlan, row_plan
     [
         (1, RowPlan(True, 64, 1)),
         (64, RowPlan(True, 64, 1)),
-        (4096, RowPlan(True, 4096, 2)),
+        (4096, RowPlan(True, 4096, 4)),
         (11008, RowPlan(True, 16384, 8)),
         (16384, RowPlan(True, 16384, 8)),
         (32768, RowPlan(True, 32768, 16)),
