@@ -39,3 +39,9 @@ def test_torch_versions_are_never_compared() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):
                 assert "torch.__version__" not in ast.unparse(node), path
+
+
+def test_nothing_is_patched_with_a_tool_for_tests() -> None:
+    # torch's own config.patch is another thing: a setting for one compilation.
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.startswith("unittest") for name in imported(path)), path

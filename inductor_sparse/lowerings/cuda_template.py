@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import sympy
 import torch
@@ -233,11 +232,14 @@ class CudaTemplateKernel(Kernel):
         self._codegen_unfused()
 
     def _codegen_unfused(self) -> None:
-        # The scheduler frees after each of them what nobody reads after all of them.
-        scheduler = V.graph.scheduler
-        with patch.object(scheduler, "buffer_names_to_free", OrderedSet()):
-            for node in self._unfused:
-                self._scheduling.codegen_node(node)
+        # Each of them ends with the freeing of what waits for it, and what waits now is
+        # freed when nobody reads it after all of them: it is put back for that.
+        waiting = V.graph.scheduler.buffer_names_to_free
+        names = OrderedSet(waiting)
+        waiting.clear()
+        for node in self._unfused:
+            self._scheduling.codegen_node(node)
+        waiting.update(names)
 
     def estimate_kernel_num_bytes(self) -> int:
         """Bytes moved: unknown; ``config.benchmark_kernel`` cannot run this kernel."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._inductor import ir
@@ -66,8 +65,10 @@ class SpmmTemplate(CppTemplate):
         text = templates.load(f"cpp/{self.name}.cpp.jinja")
         with contextlib.ExitStack() as stack:
             for buffer in epilogue.local:
-                fake_dtype = self._fake_get_dtype(buffer)
-                stack.enter_context(patch.object(V.graph, "get_dtype", fake_dtype))
+                # The graph is asked for their dtypes, and knows them only while this
+                # renders: they are no buffers of the program.
+                V.graph.name_to_buffer[buffer.get_name()] = buffer
+                stack.callback(V.graph.name_to_buffer.pop, buffer.get_name())
             symbols = {
                 name: symbol(kernel) if callable(symbol) else symbol
                 for name, symbol in self.symbols.items()
