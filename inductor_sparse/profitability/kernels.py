@@ -32,7 +32,7 @@ UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "sm_120": _DECODE,
     "gfx942": _PACKED,
 }
-"""The same for kernels that were compiled for an architecture and never run on it."""
+"""The same for kernels that should run on an architecture and never did."""
 
 
 def architecture(device: torch.device) -> str:
