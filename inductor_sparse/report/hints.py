@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from inductor_sparse.decisions import Decision, Reason
+from inductor_sparse.decisions import Decision, Reason, Tier
 
 HINTS: dict[Reason, str] = {
     Reason.ACTIVATION_NOT_SPARSE: (
@@ -83,7 +83,16 @@ def hint(decisions: Sequence[Decision]) -> str:
     if reasons:
         reason, _ = reasons.most_common(1)[0]
         return f"{reason.value}: {HINTS[reason]}"
-    gains = [d.expected_gain for d in decisions if d.expected_gain is not None]
-    count = sum(gain <= 1.0 for gain in gains)
+    count = sum(_is_too_dense(decision) for decision in decisions)
     plural = "" if count == 1 else "s"
     return _CALIBRATE.format(count=count, plural=plural) if count else ""
+
+
+def _is_too_dense(decision: Decision) -> bool:
+    """Whether an applied site loses time by its density.
+
+    The gain of 2:4 does not depend on that: it is below one where the format was asked
+    for at a size at which it does not pay.
+    """
+    gain = decision.expected_gain
+    return gain is not None and gain <= 1.0 and decision.tier is not Tier.APPROXIMATE
