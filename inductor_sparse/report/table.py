@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ HEADERS = ("site", "MxKxN", "dtype", "density", "2:4 drops", "gain", "decision")
 RIGHT_ALIGNED = frozenset({"density", "2:4 drops", "gain"})
 
 UNKNOWN = "-"
+_LEAST_PERCENT = 0.001
 _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB")
 
 
@@ -97,5 +99,18 @@ def _reasons(decisions: Sequence[Decision]) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction for a cell: ``"3.4 %"``, or a dash if it is not known."""
-    return UNKNOWN if fraction is None else f"{fraction * 100:.1f} %"
+    """A fraction for a cell: ``"3.4 %"``, or a dash if it is not known.
+
+    Two digits count, of the fraction or of what it lacks to 100 %, whichever is the
+    smaller, so that only nothing is ``"0 %"`` and only everything is ``"100 %"``.
+    """
+    if fraction is None:
+        return UNKNOWN
+    part = 100 * min(fraction, 1 - fraction)
+    if 0 < part < _LEAST_PERCENT:
+        is_small = fraction < 0.5
+        end = f"<{_LEAST_PERCENT}" if is_small else f">{100 - _LEAST_PERCENT}"
+        return f"{end} %"
+    decimals = max(0, 1 - math.floor(math.log10(part))) if part > 0 else 0
+    number = f"{100 * fraction:.{decimals}f}"
+    return f"{number.rstrip('0').rstrip('.') if decimals else number} %"

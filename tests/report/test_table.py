@@ -14,7 +14,13 @@ from rich.console import Console
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
 from inductor_sparse.report.explanation import Explanation
 from inductor_sparse.report.hints import HINTS, hint
-from inductor_sparse.report.table import HEADERS, bytes_text, conclusion, row
+from inductor_sparse.report.table import (
+    HEADERS,
+    bytes_text,
+    conclusion,
+    percent,
+    row,
+)
 
 
 def decision(reason: Reason | None = None, **fields: Any) -> Decision:
@@ -172,7 +178,10 @@ def test_every_reason_has_a_hint_and_the_commonest_wins() -> None:
     assert hint([other, DENSE]).startswith("no-kernel-yet: ")
     assert hint([decision()]) == ""
     idle = decision(expected_gain=1.0)
+    forced = decision(expected_gain=0.8, tier=Tier.APPROXIMATE)
     assert hint([idle, idle, decision()]).startswith("2 applied sites had too many")
+    assert hint([forced, decision()]) == ""
+    assert hint([forced, idle]).startswith("1 applied site had too many")
     assert hint([idle, other]).startswith("no-kernel-yet: ")
 
 
@@ -187,3 +196,25 @@ def test_every_reason_has_a_hint_and_the_commonest_wins() -> None:
 )
 def test_bytes_text(count: int, text: str) -> None:
     assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [
+        (None, "-"),
+        (0.0, "0 %"),
+        (1e-9, "<0.001 %"),
+        (0.0000123, "0.0012 %"),
+        (0.0003, "0.03 %"),
+        (0.00996, "1 %"),
+        (0.0111, "1.1 %"),
+        (0.1234, "12 %"),
+        (0.5, "50 %"),
+        (0.975, "97.5 %"),
+        (0.9997, "99.97 %"),
+        (1 - 1e-9, ">99.999 %"),
+        (1.0, "100 %"),
+    ],
+)
+def test_percent_rounds_nothing_to_zero(fraction: float | None, text: str) -> None:
+    assert percent(fraction) == text
