@@ -24,6 +24,7 @@ max_density: float = 0.6
 max_dropped_energy: float = 0.01
 quantize: str = "none"
 allow_unverified: bool = False
+cuda_graphs: bool = False
 adaptive: bool = True
 
 # Whatever stands above this line becomes an option (postponed annotations would too,
@@ -69,6 +70,11 @@ HELP: dict[str, str] = {
     "allow_unverified": (
         "Use kernels that never ran on this kind of device; without it such sites stay "
         "dense."
+    ),
+    "cuda_graphs": (
+        "Whoever calls the compiled code captures it in CUDA graphs, so that launching "
+        'kernels costs nothing; those of Inductor (mode="reduce-overhead") are seen '
+        "without this."
     ),
     "adaptive": (
         "Let a site that is observed too dense to win at run time go back to dense; "

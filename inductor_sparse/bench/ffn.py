@@ -187,6 +187,8 @@ class _Bench:
     def _sparse_options(self, inputs: list[Input]) -> dict[str, Any]:
         """Options of the sparse backend."""
         options = dict(self.sweep.options)
+        if self.case.device == "cuda":
+            options["sparse.cuda_graphs"] = True
         if self.case.quantize != "none":
             options["sparse.quantize"] = self.case.quantize
         if self.case.calibrated:

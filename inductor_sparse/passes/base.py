@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from inductor_sparse import config, profitability
-from inductor_sparse._compat import size_hint
+from inductor_sparse._compat import size_hint, uses_cuda_graphs
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
 from inductor_sparse.passes.choice import Choice, Regime
 from inductor_sparse.passes.emit import emit_sparse24
@@ -71,6 +71,11 @@ class PassContext:
     def option(self, name: str) -> Any:
         """The value of ``sparse.<name>`` for this graph."""
         return self.options[name] if name in self.options else getattr(config, name)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether CUDA graphs will launch the kernels of this graph."""
+        return bool(self.option("cuda_graphs")) or uses_cuda_graphs()
 
     @property
     def disabled_rules(self) -> frozenset[str]:

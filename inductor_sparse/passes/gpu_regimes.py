@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from inductor_sparse._compat import decide, size_hint, uses_cuda_graphs
+from inductor_sparse._compat import decide, size_hint
 from inductor_sparse.decisions import Decision, Reason
 from inductor_sparse.passes.choice import Choice, Regime
 from inductor_sparse.passes.gpu_obstacles import (
@@ -40,12 +40,14 @@ class Packing:
 
     ``dtype`` is that of the packed operand; ``from_dtype`` that of the dense product it
     is compared with; ``quantized`` is set where both matmuls of the FFN would run in 8
-    bits, and ``note`` says why they do not although that was asked for.
+    bits, and ``note`` says why they do not although that was asked for.  ``graphs``:
+    kernels are launched by CUDA graphs.
     """
 
     dtype: str
     from_dtype: str
     replaces_activation: bool
+    graphs: bool = False
     quantized: QuantizedFfn | None = None
     note: str = ""
 
@@ -58,7 +60,7 @@ class Packing:
             self.from_dtype,
             pack_dtype=self.dtype,
             replaces_activation=self.replaces_activation,
-            graphs=uses_cuda_graphs(),
+            graphs=self.graphs,
         )
 
     def min_tokens(self, K: int, N: int) -> int | None:
@@ -69,7 +71,7 @@ class Packing:
             self.from_dtype,
             pack_dtype=self.dtype,
             replaces_activation=self.replaces_activation,
-            graphs=uses_cuda_graphs(),
+            graphs=self.graphs,
         )
 
 
@@ -79,11 +81,13 @@ class Limits:
 
     skip_up_to: int
     pack_from: int | None
+    graphs: bool
 
     def __str__(self) -> str:
         skip = f"up to {self.skip_up_to} tokens" if self.skip_up_to else "never"
         pack = "never" if self.pack_from is None else f"from {self.pack_from} tokens on"
-        return f"for this shape skipping zeros wins {skip}, 2:4 {pack}"
+        launched = "" if self.graphs else ", without CUDA graphs,"
+        return f"for this shape{launched} skipping zeros wins {skip}, 2:4 {pack}"
 
 
 def choose_on_gpu(
@@ -100,7 +104,8 @@ def choose_on_gpu(
             or wrapper_obstacle()
             or kernel_obstacle((rule.op,), site.dtype, decision.arch, context)
         )
-    packing = Packing(site.dtype, site.dtype, replaces_activation(site))
+    dense = replaces_activation(site)
+    packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
     return choose(site, decision, obstacles, packing, context, gated=rule.gated)
@@ -117,15 +122,17 @@ def choose(
 ) -> Choice | Rejection:
     """The regime for the number of tokens of a site among those without obstacle."""
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
-    density = decision.density
+    density, graphs = decision.density, context.cuda_graphs
+    how = {"gated": gated, "graphs": graphs}
     limits = Limits(
-        cuda.decode_max_tokens(K, N, site.dtype, density, gated=gated)
+        cuda.decode_max_tokens(K, N, site.dtype, density, **how)
         if Regime.SKIP in obstacles
         else 0,
         packing.min_tokens(K, N) if Regime.PACK in obstacles else None,
+        graphs,
     )
     if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
-        gain = cuda.decode_gain(M, K, N, site.dtype, density, gated=gated)
+        gain = cuda.decode_gain(M, K, N, site.dtype, density, **how)
         return Choice(Regime.SKIP, gain, str(limits))
     forced = context.option("activation_format") == "2:4"
     if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):

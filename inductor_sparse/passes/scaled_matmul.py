@@ -158,7 +158,7 @@ class ScaledMatmul(Rule):
         ops = ("sparsify24_quantized", "sparse24_mm")
         dtype = str(_FP8).removeprefix("torch.")
         obstacle = kernel_obstacle(ops, dtype, decision.arch, context)
-        packing = Packing(dtype, dtype, replaces_activation=True)
+        packing = Packing(dtype, dtype, True, context.cuda_graphs)
         choice = choose(site, decision, {Regime.PACK: obstacle}, packing, context)
         if isinstance(choice, Rejection):
             return choice

@@ -70,6 +70,7 @@ _PACKED_FIXED_US = 6.0
 
 
 _DENSE_HOST_US = 60.0
+_SKIPPING_HOST_US = 80.0
 _PACKED_HOST_US = 95.0
 """What a call takes on the host before a GPU without CUDA graphs can be kept busy."""
 
@@ -80,7 +81,14 @@ def union_density(density: float, M: int) -> float:
 
 
 def decode_gain(
-    M: int, K: int, N: int, dtype: str, density: float | None, *, gated: bool = False
+    M: int,
+    K: int,
+    N: int,
+    dtype: str,
+    density: float | None,
+    *,
+    gated: bool = False,
+    graphs: bool = True,
 ) -> float:
     """Expected dense time / time of skipping, for M tokens that read one weight.
 
@@ -91,6 +99,7 @@ def decode_gain(
         dtype: of weight and activation.
         density: fraction of non-zeros, None if no plan has measured it.
         gated: whether rows of an up projection of the same size are skipped as well.
+        graphs: whether kernels are launched by CUDA graphs.
     """
     known = ASSUMED_DENSITY if density is None else density
     weights = 2 if gated else 1
@@ -100,11 +109,21 @@ def decode_gain(
     steps = _GATED_FIXED_US if gated else _DECODE_FIXED_US
     fixed_us = next((steps[most] for most in steps if most >= M), math.inf)
     rows_us = weight_us * union_density(known, M)
-    return round(dense_us / (fixed_us + activation_us + rows_us), 2)
+    skipping_us = fixed_us + activation_us + rows_us
+    if not graphs:
+        dense_us = max(dense_us, weights * _DENSE_HOST_US)
+        skipping_us = max(skipping_us, weights * _SKIPPING_HOST_US)
+    return round(dense_us / skipping_us, 2)
 
 
 def decode_max_tokens(
-    K: int, N: int, dtype: str, density: float | None, *, gated: bool = False
+    K: int,
+    N: int,
+    dtype: str,
+    density: float | None,
+    *,
+    gated: bool = False,
+    graphs: bool = True,
 ) -> int:
     """Up to how many tokens skipping is expected to win; 0 if never.
 
@@ -113,7 +132,7 @@ def decode_max_tokens(
     """
 
     def gain(M: int, at: float | None) -> float:
-        return decode_gain(M, K, N, dtype, at, gated=gated)
+        return decode_gain(M, K, N, dtype, at, gated=gated, graphs=graphs)
 
     def is_safe(M: int) -> bool:
         least = UNTRAINED_ONE_TOKEN if M == 1 else MARGIN

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inductor_sparse import decisions, profitability
+from inductor_sparse import config, decisions, profitability
 from inductor_sparse.decisions import Decision, Reason
 
 pytestmark = [
@@ -28,6 +28,12 @@ pytestmark = [
 D, H = 2048, 8192
 FEW = profitability.cuda.decode_max_tokens(H, D, "bfloat16", None)
 MANY = 8192
+
+
+@pytest.fixture(autouse=True)
+def _decoding_is_not_left_to_the_launches() -> Iterator[None]:
+    with config.patch(cuda_graphs=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

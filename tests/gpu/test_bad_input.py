@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inductor_sparse import decisions, formats, ops
+from inductor_sparse import config, decisions, formats, ops
 from inductor_sparse.decisions import DecisionLog, Reason, Status
 from inductor_sparse.lowerings import sparse24_gemm
 from inductor_sparse.runtime import cubin_cache
@@ -37,6 +37,14 @@ pytestmark = [
 M, K, N = 200, 512, 256
 BF16 = torch.bfloat16
 FORCED = {"sparse.activation_format": "2:4"}
+
+
+@pytest.fixture(autouse=True)
+def _decoding_is_not_left_to_the_launches() -> Iterator[None]:
+    with config.patch(cuda_graphs=True):
+        yield
+
+
 Function = Callable[..., Any]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +15,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from tracing import calls, rewrite, trace
 
-from inductor_sparse import profitability
+from inductor_sparse import config, profitability
 from inductor_sparse.decisions import GraphDecisions, Reason, Status
 
 K, N = 16384, 4096
 FEW = profitability.cuda.decode_max_tokens(K, N, "bfloat16", None)
-MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16")
+MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16", graphs=True)
+
+
+@pytest.fixture(autouse=True)
+def _launched_by_cuda_graphs() -> Iterator[None]:
+    with config.patch(cuda_graphs=True):
+        yield
 
 
 def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,17 +13,23 @@ from torch import Tensor, fx
 from torch._inductor import config as inductor_config
 from tracing import calls, rewrite, trace
 
-from inductor_sparse import profitability
+from inductor_sparse import config, profitability
 from inductor_sparse.decisions import Decision, Reason, Status, Tier
 from inductor_sparse.plan import Plan, SitePlan
 
 K, N = 16384, 4096
 FEW = profitability.cuda.decode_max_tokens(K, N, "bfloat16", None)
-MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16")
+MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16", graphs=True)
 LIMITS = (
     f"for this shape skipping zeros wins up to {FEW} tokens, 2:4 from {MANY} tokens on"
 )
 HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _launched_by_cuda_graphs() -> Iterator[None]:
+    with config.patch(cuda_graphs=True):
+        yield
 
 
 def ffn(x: Tensor, w: Tensor) -> Tensor:
@@ -241,9 +247,20 @@ def test_cuda_graphs_launch_small_products_in_no_time() -> None:
     gain = functools.partial(profitability.cuda.prefill_gain, 512, 8192, 8192)
     assert gain("bfloat16") < 1 < gain("bfloat16", graphs=True)
     site = functools.partial(run, M=512)
-    assert site()[1].reason is Reason.NOT_PROFITABLE
-    with inductor_config.patch({"triton.cudagraphs": True}):
-        assert site()[1].op == "sparse24_mm"
+    assert site()[1].op == "sparse24_mm"
+    with config.patch(cuda_graphs=False):
+        assert site()[1].reason is Reason.NOT_PROFITABLE
+        with inductor_config.patch({"triton.cudagraphs": True}):
+            assert site()[1].op == "sparse24_mm"
+
+
+def test_a_token_does_not_hide_what_launching_takes() -> None:
+    with config.patch(cuda_graphs=False):
+        _, decision = run(M=1)
+        assert decision.reason is Reason.NOT_PROFITABLE
+        assert "without CUDA graphs, skipping zeros wins never" in decision.detail
+    gain = functools.partial(profitability.cuda.decode_gain, 1, 28672, 8192, "bfloat16")
+    assert gain(0.1) > gain(0.1, graphs=False) > 1
 
 
 def test_thresholds_are_monotonic() -> None:
