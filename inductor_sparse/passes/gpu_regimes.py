@@ -25,7 +25,7 @@ from inductor_sparse.passes.gpu_obstacles import (
 )
 from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
 from inductor_sparse.passes.sites import Rejection, Site
-from inductor_sparse.profitability import cuda
+from inductor_sparse.profitability import cuda, has_kernel
 
 if TYPE_CHECKING:
     from inductor_sparse.passes.base import PassContext, Rule
@@ -128,7 +128,7 @@ def choose(
         cuda.decode_max_tokens(K, N, site.dtype, density, **how)
         if Regime.SKIP in obstacles
         else 0,
-        packing.min_tokens(K, N) if Regime.PACK in obstacles else None,
+        packing.min_tokens(K, N) if _may_pack(obstacles, packing, decision) else None,
         graphs,
     )
     if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
@@ -140,6 +140,19 @@ def choose(
         choice = Choice(Regime.PACK, gain, f"{limits}{packing.note}", packing.quantized)
         return loses_too_much(decision, context) or choice
     return _refusal(obstacles, limits, M)
+
+
+def _may_pack(obstacles: Obstacles, packing: Packing, decision: Decision) -> bool:
+    """Whether the site could be packed at some number of tokens.
+
+    It could if all that is missing is a package, or leave to run what is unverified.
+    """
+    if Regime.PACK not in obstacles:
+        return False
+    obstacle = obstacles[Regime.PACK]
+    if obstacle is not None and obstacle.reason is Reason.UNSUPPORTED_SHAPE:
+        return False
+    return has_kernel(decision.arch, "sparse24_mm", packing.dtype, unverified=True)
 
 
 def _free(obstacles: Obstacles, regime: Regime) -> bool:

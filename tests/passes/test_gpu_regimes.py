@@ -24,6 +24,7 @@ LIMITS = (
     f"for this shape skipping zeros wins up to {FEW} tokens, 2:4 from {MANY} tokens on"
 )
 HALF = [torch.bfloat16, torch.float16]
+UNVERIFIED = {"allow_unverified": True}
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +184,23 @@ def test_float32_has_no_packed_kernel() -> None:
     _, decision = run(dtype=torch.float32)
     assert decision.reason is Reason.NO_KERNEL_YET
     assert decision.detail == "sparsify24 has no float32 kernel for sm_90 yet"
+
+
+@pytest.mark.parametrize("M", [FEW, 64])
+def test_what_can_never_be_packed_names_no_limit_for_it(M: int) -> None:
+    packs = f"2:4 from {MANY} tokens on"
+    assert packs in run(M=M)[1].detail
+    assert packs in run(M=M, arch="sm_80", options=UNVERIFIED)[1].detail
+    assert run(M=M, dtype=torch.float32)[1].detail.endswith("2:4 never")
+    assert run(M=M, arch="sm_120", options=UNVERIFIED)[1].detail.endswith("2:4 never")
+    assert run(M=M, outputs=N + 4)[1].detail.endswith("2:4 never")
+
+
+def test_a_missing_package_keeps_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inductor_sparse.passes import toolchains
+
+    monkeypatch.setattr(toolchains.nvrtc, "unavailable_reason", lambda: "no NVRTC here")
+    assert run(M=64)[1].detail.endswith(f"2:4 from {MANY} tokens on")
 
 
 def plan(density: float, dropped: float) -> Plan:
