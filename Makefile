@@ -22,7 +22,7 @@ help:
 
 demo:
 	$(SETUP) ''
-	@$(BIN)/python examples/quickstart.py
+	@PYTHONWARNINGS='ignore:Failed to initialize NumPy' $(BIN)/python examples/quickstart.py
 
 test:
 	$(SETUP) test

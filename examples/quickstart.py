@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-import warnings
 
 import torch
 from lm_speed import PROMPT, CompiledStep, compile_phases, joined, tokens_per_second
@@ -63,7 +62,6 @@ def compare_speed(phases: Phases, seconds: float) -> None:
 @torch.no_grad()
 def main(*arguments: str) -> int:
     """Run the demonstration and return the exit code."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     start, text, quick = time.perf_counter(), heldout_bytes(), "--quick" in arguments
     model = load_model()
     explanation = inductor_sparse.explain(model, tokens(text[: model.config.context]))
