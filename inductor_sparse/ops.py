@@ -5,8 +5,9 @@ kernel of each op is its eager definition from :mod:`inductor_sparse.reference`,
 the ``CompositeExplicitAutograd`` key: one registered for ``CPU`` or ``CUDA`` wins.
 
 Gradients are those of the dense product, so that training is not changed by a rewrite.
-The 2:4 ops and ``quantize_rows`` have none, and say so when one is asked for: what they
-drop is lost to a gradient too, and training through them would be another model.
+The 2:4 ops, ``quantize_rows`` and ``activation_spmm`` of 8-bit rows have none, and say
+so when one is asked for: what they drop is lost to a gradient too, and training through
+them would be another model.
 
 Shape legend: as in :mod:`inductor_sparse.reference`.
 """
@@ -26,7 +27,8 @@ NAMESPACE = "inductor_sparse"
 
 SCHEMAS: dict[str, str] = {
     "activation_spmm": (
-        "(Tensor z, Tensor w, str activation, Tensor? counters=None) -> Tensor"
+        "(Tensor z, Tensor w, str activation, Tensor? counters=None, "
+        "Tensor? w_scale=None) -> Tensor"
     ),
     "glu_spmm": (
         "(Tensor gate, Tensor x, Tensor w_up, Tensor w_down, str activation) -> Tensor"
@@ -80,6 +82,7 @@ def activation_spmm(
     w: Tensor,
     activation: str,
     counters: Tensor | None = None,
+    w_scale: Tensor | None = None,
 ) -> Tensor:
     """``act(z) @ w``: see :func:`inductor_sparse.reference.activation_spmm`.
 
@@ -89,11 +92,13 @@ def activation_spmm(
         activation: as there.
         counters: ``[len(COUNTERS)]`` int64 from ``site_counters``: a compiled kernel
             adds to them, the eager definition counts nothing.
+        w_scale: as there; there is no gradient then.
 
     Raises:
-        SparseShapeError: shapes or dtypes do not fit, or an unknown activation.
+        SparseShapeError: shapes or dtypes do not fit, an unknown activation, or a scale
+            that is missing or superfluous.
     """
-    return reference.activation_spmm(z, w, activation)
+    return reference.activation_spmm(z, w, activation, w_scale)
 
 
 def site_counters(anchor: Tensor, site: str) -> Tensor:
@@ -236,8 +241,9 @@ def _fake_activation_spmm(
     w: Tensor,
     activation: str,
     counters: Tensor | None = None,
+    w_scale: Tensor | None = None,
 ) -> Tensor:
-    reference.check_activation_spmm(z, w, activation)
+    reference.check_activation_spmm(z, w, activation, w_scale)
     return z.new_empty(*z.shape[:-1], w.shape[-1])
 
 
@@ -347,18 +353,21 @@ def _activation_gradient(grad_a: Tensor, z: Tensor, activation: str) -> Tensor:
 
 
 def _save_activation_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, w, ctx.activation, *_ = inputs
+    z, w, ctx.activation, _, w_scale = inputs
+    ctx.scaled = w_scale is not None
     ctx.save_for_backward(z, w)
 
 
 def _activation_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.scaled:
+        _no_gradient("activation_spmm with w_scale")(ctx)
     z, w = ctx.saved_tensors
     grad_z = grad_w = None
     if ctx.needs_input_grad[0]:
         grad_z = _activation_gradient(grad @ w.mT, z, ctx.activation)
     if ctx.needs_input_grad[1]:
         grad_w = reference.ACTIVATIONS[ctx.activation](z).mT @ grad
-    return grad_z, grad_w, None, None
+    return grad_z, grad_w, None, None, None
 
 
 def _save_glu_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -403,7 +412,8 @@ def _no_gradient(op: str) -> Callable[..., NoReturn]:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise SparseError(
             f"{op} has no gradient; run it under torch.no_grad(), or train with "
-            f"torch.ops.{NAMESPACE}.activation_spmm, which is exact and has one"
+            f"torch.ops.{NAMESPACE}.activation_spmm of a weight as it is, which is "
+            f"exact and has one"
         )
 
     return backward

@@ -27,7 +27,8 @@ from inductor_sparse.lowerings import activation_spmm_cuda, glu_spmm_cuda
 _SPMM = """
 @triton.jit
 def spmm(
-    Z, W, PARTIALS, LIST, M, K, N, stride_zm, stride_zk, ACTIVATION: tl.constexpr,
+    Z, W, SCALE, PARTIALS, LIST, M, K, N, stride_zm, stride_zk,
+    ACTIVATION: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
@@ -37,7 +38,8 @@ def spmm(
     lists = SPLITS * {{TOKENS + 1}} * share_of_list(K, SPLITS, LOCAL)
     LIST += tl.program_id(2) * lists
     sums = sums_of_share(
-        Z, W, LIST, split, m, n, M, N, K, stride_zm, stride_zk, N,
+        Z, W, {% if SCALED is defined %}SCALE, {% endif %}LIST, split,
+        m, n, M, N, K, stride_zm, stride_zk, N,
         ACTIVATION, SPLITS, LOCAL, BN, ROWS, DOT_DTYPE,
     )
     row = (m + tl.arange(0, {{TOKENS}}))[:, None]
@@ -74,12 +76,17 @@ def up(
 
 
 @functools.cache
-def kernels(folder: Path, tokens: int, dot: bool = False) -> types.ModuleType:
+def kernels(
+    folder: Path, tokens: int, dot: bool = False, scaled: bool = False
+) -> types.ModuleType:
     """The kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
     head = "import triton\nimport triton.language as tl\n\n\n"
     texts = (glu_spmm_cuda.helper_text() + _UP, activation_spmm_cuda.helper_text())
-    text = jinja2.Template("\n\n".join(texts) + _SPMM).render(TOKENS=tokens, DOT=dot)
-    path = folder / f"decode_kernels_{os.getpid()}_{tokens}_{dot}.py"
+    options: dict[str, Any] = {"TOKENS": tokens, "DOT": dot}
+    if scaled:
+        options["SCALED"] = True
+    text = jinja2.Template("\n\n".join(texts) + _SPMM).render(options)
+    path = folder / f"decode_kernels_{os.getpid()}_{tokens}_{dot}_{scaled}.py"
     path.write_text(head + text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -89,7 +96,14 @@ def kernels(folder: Path, tokens: int, dot: bool = False) -> types.ModuleType:
 
 
 def run_spmm(
-    folder: Path, z: Tensor, w: Tensor, activation: str, **tile: int
+    folder: Path,
+    z: Tensor,
+    w: Tensor,
+    activation: str,
+    w_scale: Tensor | None = None,
+    # Numpy multiplies no bfloat16; products of them are exact in float32.
+    dot_dtype: str = "float32",
+    **tile: int,
 ) -> Tensor:
     """``act(z) @ w`` in float32."""
     import triton.language as tl
@@ -97,16 +111,15 @@ def run_spmm(
     (M, K), N = z.shape, w.shape[1]
     made = activation_spmm_cuda.Tile(**{**_SMALL, **tile})
     blocks, columns = -(-M // made.TOKENS), -(-N // made.BN)
-    module = kernels(folder, made.TOKENS, made.DOT)
+    module = kernels(folder, made.TOKENS, made.DOT, w_scale is not None)
     share = -(-K // (made.SPLITS * made.LOCAL)) * made.LOCAL + made.LOCAL
     listed = torch.full((blocks, made.SPLITS, 1 + made.TOKENS, share), -1)
     partials = torch.full((made.SPLITS, M, N), torch.nan)
     y = torch.full((M, N), torch.nan)
     module.spmm[(columns, made.SPLITS, blocks)](
-        *(z, w, partials, listed.int(), M, K, N, *z.stride()),
+        *(z, w, w_scale, partials, listed.int(), M, K, N, *z.stride()),
         ACTIVATION=activation,
-        # Numpy multiplies no bfloat16; products of them are exact in float32.
-        DOT_DTYPE=tl.float32,
+        DOT_DTYPE=getattr(tl, dot_dtype),
         **{k: v for k, v in vars(made).items() if k not in _TAKEN},
     )
     module.total[(columns, M, 1)](

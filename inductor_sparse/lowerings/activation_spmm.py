@@ -1,7 +1,7 @@
 """``activation_spmm`` on a CPU: a C++ template with Inductor's epilogues in it.
 
 On a GPU it is :mod:`inductor_sparse.lowerings.activation_spmm_cuda`.  Elsewhere, and
-for dtypes the templates do not know, the op itself runs.
+for dtypes the templates do not know (on a CPU rows of 8 bits too), the op itself runs.
 
 Shape legend: ``B`` batches, ``M`` rows (tokens), ``K`` reduction, ``N`` outputs.
 """
@@ -26,8 +26,13 @@ def tuned_activation_spmm(
     w: ir.TensorBox,
     activation: str,
     counters: ir.TensorBox | None = None,
+    w_scale: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     """Lower ``activation_spmm``; a batch becomes the rows of one product."""
+    if w_scale is not None:
+        if activation_spmm_cuda.takes_scaled(z, w, w_scale):
+            return activation_spmm_cuda.product(z, w, activation, w_scale)
+        return common.fallback(OP)(z, w, activation, counters, w_scale)
     if activation_spmm_cuda.takes(z, w):
         return activation_spmm_cuda.product(z, w, activation)
     if not common.has_cpp_kernel(z, w):

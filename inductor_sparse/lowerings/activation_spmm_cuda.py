@@ -44,14 +44,22 @@ DOT_TOKENS = 4
 """From so many tokens on 16-bit products are the business of tensor cores."""
 
 _DOT_COLUMNS = 128
-"""Of a warp that uses tensor cores."""
+"""Of a warp that uses tensor cores; half of them if ``w`` has 8 bits, because
+converting takes registers."""
 
 _WARP_BYTES = 512
 """Of a row of ``w`` that any other warp loads: 16 of each lane."""
 
+SCALED_DOT_DTYPE = "tl.bfloat16"
+"""What 8-bit rows are multiplied in: it holds each of their values, and the range of
+an activation that was multiplied by a scale."""
+
 _RESIDENT_WARPS = {1: 16, 2: 16, 4: 16, 8: 12}
 """Tokens of a program -> warps that a multiprocessor has registers for.  All have to
 run at once: the first thing each of them does is to wait for memory three times."""
+
+_SCALED_RESIDENT_WARPS = _RESIDENT_WARPS | {8: 8}
+"""The same for ``w`` of 8 bits, by the registers that the compiler takes."""
 
 _MAX_LOCAL = 1024
 
@@ -75,7 +83,13 @@ def power_of_2(number: int) -> int:
 
 
 def choose_tile(
-    tokens: int | None, K: int, N: int, dtype: torch.dtype, processors: int
+    tokens: int | None,
+    K: int,
+    N: int,
+    dtype: torch.dtype,
+    processors: int,
+    *,
+    scaled: bool = False,
 ) -> Tile:
     """The tile for up to ``tokens`` rows, or for an unknown number of them (None).
 
@@ -83,15 +97,18 @@ def choose_tile(
         tokens: rows of one product.
         K: reduction.
         N: columns of ``w``.
-        dtype: of the operands.
+        dtype: of the operands; of ``act(z)`` if the rows of ``w`` have 8 bits.
         processors: multiprocessors of the GPU.
+        scaled: whether the rows of ``w`` have 8 bits.
     """
     block = MAX_TOKENS if tokens is None else min(MAX_TOKENS, power_of_2(tokens))
     dot = block >= DOT_TOKENS and dtype.itemsize == 2
     # Whole warps side by side in one row: no sum crosses them.
-    a_warp = _DOT_COLUMNS if dot else _WARP_BYTES // dtype.itemsize
+    columns = _DOT_COLUMNS // 2 if scaled else _DOT_COLUMNS
+    a_warp = columns if dot else _WARP_BYTES // dtype.itemsize
     warps = min(8 if dot else 4, power_of_2(-(-N // a_warp)))
-    resident = 16 if dot else _RESIDENT_WARPS[block]
+    in_registers = _SCALED_RESIDENT_WARPS if scaled else _RESIDENT_WARPS
+    resident = 16 if dot else in_registers[block]
     tiles = -(-N // (warps * a_warp)) * (1 if tokens is None else -(-tokens // block))
     most_splits = min(-(-K // 32), 2 * processors)
     splits = max(1, min(most_splits, resident * processors // (warps * tiles)))
@@ -101,7 +118,7 @@ def choose_tile(
         BN=warps * a_warp,
         SPLITS=splits,
         LOCAL=min(power_of_2(share), _MAX_LOCAL),
-        ROWS=16 if dot else 4 if block == 4 else 8,
+        ROWS=16 if dot or (scaled and block == 1) else 4 if block == 4 else 8,
         DOT=dot,
         num_warps=warps,
     )
@@ -166,36 +183,77 @@ def takes(*tensors: ir.TensorBox) -> bool:
     )
 
 
-def product(z: ir.TensorBox, w: ir.TensorBox, activation: str) -> ir.TensorBox:
-    """``act(z) @ w`` for ``z [M, K]``, or ``[B, M, K]``, and ``w`` likewise."""
+def takes_scaled(z: ir.TensorBox, w: ir.TensorBox, w_scale: ir.TensorBox) -> bool:
+    """Whether the kernels take these 8-bit rows and the scales of them."""
+    if not takes(z) or 0 in w.get_size():
+        return False
+    devices = {tensor.get_device() for tensor in (z, w, w_scale)}
+    # The compiler has no e4m3 before sm_89.
+    return len(devices) == 1 and (
+        w.get_dtype() == torch.int8 or _has_e4m3(z.get_device())
+    )
+
+
+def _has_e4m3(device: torch.device) -> bool:
+    return torch.version.hip is None and (
+        torch.cuda.get_device_capability(device) >= (8, 9)
+    )
+
+
+def product(
+    z: ir.TensorBox,
+    w: ir.TensorBox,
+    activation: str,
+    w_scale: ir.TensorBox | None = None,
+) -> ir.TensorBox:
+    """``act(z) @ w`` for ``z [M, K]``, or ``[B, M, K]``, and ``w`` likewise.
+
+    With ``w_scale [K]`` the rows of ``w [K, N]`` have 8 bits and a scale each.
+    """
     z, w = realize_inputs(z, w)
     w = common.require_contiguous(w)
     *batch, M, K = z.get_size()
     N = w.get_size()[-1]
     device, dtype = z.get_device(), z.get_dtype()
-    tile = choose_tile(most(M), size_hint(K), size_hint(N), dtype, processors(device))
+    tile = choose_tile(
+        most(M),
+        size_hint(K),
+        size_hint(N),
+        dtype,
+        processors(device),
+        scaled=w_scale is not None,
+    )
     share = CeilDiv(CeilDiv(CeilDiv(K, 16), tile.SPLITS) * 16, tile.LOCAL) * tile.LOCAL
     blocks = CeilDiv(M, tile.TOKENS) * sympy.prod(batch)
     count = blocks * tile.SPLITS * (1 + tile.TOKENS) * share
     scratch = empty_strided([count], [1], dtype=torch.int32, device=device)
     inputs = [*realize_inputs(z, w, scratch)]
+    options: dict[str, Any] = {"DOT_DTYPE": DOT_DTYPES[dtype]}
+    if w_scale is not None:
+        inputs.append(common.require_contiguous(realize_inputs(w_scale)))
+        options = {"DOT_DTYPE": SCALED_DOT_DTYPE, "SCALED": True}
     size = [tile.SPLITS, *batch, M, N]
     partials = choose(
         TEMPLATE,
         inputs,
         ir.FixedLayout(device, torch.float32, size),
-        mutated_inputs=inputs[2:],
+        mutated_inputs=inputs[2:3],
         BATCHED=bool(batch),
         ACTIVATION=repr(activation),
-        DOT_DTYPE=DOT_DTYPES[dtype],
         num_stages=1,
+        **options,
         **dataclasses.asdict(tile),
     )
+    return _sum(partials, tile, ir.FixedLayout(device, dtype, [*batch, M, N]))
+
+
+def _sum(partials: ir.TensorBox, tile: Tile, layout: ir.Layout) -> ir.TensorBox:
+    """What the splits have summed, added up, and what Inductor fuses behind it."""
     return choose(
         SUM_TEMPLATE,
         [realize_inputs(partials)],
-        ir.FixedLayout(device, dtype, [*batch, M, N]),
-        BATCHED=bool(batch),
+        layout,
+        BATCHED=len(layout.size) == 3,
         SPLITS=tile.SPLITS,
         BN=SUM_COLUMNS,
         AT_ONCE=min(MAX_AT_ONCE, power_of_2(tile.SPLITS)),

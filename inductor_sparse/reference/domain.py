@@ -96,11 +96,38 @@ def check_shape(op: str, name: str, tensor: Tensor, *expected: int | str) -> Non
         raise SparseShapeError(f"{op}: {name} has shape {shape}, expected [{wanted}]")
 
 
-def check_activation_spmm(z: Tensor, w: Tensor, activation: str) -> None:
+def _check_scaled_rows(op: str, z: Tensor, w: Tensor, w_scale: Tensor | None) -> None:
+    """Raise :class:`SparseShapeError` unless ``w_scale`` is what ``w [K, N]`` needs."""
+    if w_scale is None:
+        raise SparseShapeError(
+            f"{op}: w is {w.dtype} and has no w_scale; pass the scales of its rows, "
+            "which quantize_rows returns with them"
+        )
+    if w.dtype not in QUANTIZED_LIMITS:
+        names = ", ".join(str(known) for known in QUANTIZED_LIMITS)
+        raise SparseShapeError(
+            f"{op}: w is {w.dtype} and has a w_scale, which only {names} take; leave "
+            "it out, or multiply w by it"
+        )
+    check_dtypes(op, z=z)
+    check_shape(op, "z", z, "M", "K")  # a batch of matrices has no 8-bit form
+    check_shape(op, "w_scale", w_scale, z.shape[1])
+    if w_scale.dtype != torch.float32:
+        raise SparseShapeError(
+            f"{op}: w_scale is {w_scale.dtype}, expected torch.float32; convert it"
+        )
+
+
+def check_activation_spmm(
+    z: Tensor, w: Tensor, activation: str, w_scale: Tensor | None = None
+) -> None:
     """Raise :class:`SparseShapeError` outside the domain of :func:`activation_spmm`."""
     op = "activation_spmm"
     check_activation(op, activation)
-    check_dtypes(op, z=z, w=w)
+    if w_scale is not None or w.dtype in QUANTIZED_LIMITS:
+        _check_scaled_rows(op, z, w, w_scale)
+    else:
+        check_dtypes(op, z=z, w=w)
     if z.ndim == 3:
         check_shape(op, "z", z, "B", "M", "K")
         check_shape(op, "w", w, z.shape[0], z.shape[2], "N")

@@ -38,27 +38,39 @@ def _skipping_matmul(a: Tensor, w: Tensor) -> Tensor:
     return y
 
 
-def activation_spmm(z: Tensor, w: Tensor, activation: str) -> Tensor:
+def activation_spmm(
+    z: Tensor, w: Tensor, activation: str, w_scale: Tensor | None = None
+) -> Tensor:
     """``act(z) @ w``, skipping the zeros of ``act(z)``.
+
+    With ``w_scale`` the rows of ``w`` are stored in 8 bits, and the product is that
+    with ``w * w_scale[:, None]``, in the accumulation dtype of ``z``.
 
     Args:
         z: ``[M, K]`` or ``[B, M, K]``, one of :data:`DTYPES`, any strides.
-        w: ``[K, N]`` or ``[B, K, N]``, same dtype, any strides.
+        w: ``[K, N]`` or ``[B, K, N]``, same dtype, any strides; with ``w_scale``
+            ``[K, N]``, int8 or float8_e4m3fn.
         activation: a key of :data:`ACTIVATIONS`.
+        w_scale: ``[K]``, float32, or None: the scale of each row of ``w``, as from
+            :func:`quantize_rows`.
 
     Returns:
         ``[M, N]`` or ``[B, M, N]``, contiguous, ``z.dtype``.
 
     Raises:
-        SparseShapeError: shapes or dtypes do not fit, or the activation is unknown.
+        SparseShapeError: shapes or dtypes do not fit, the activation is unknown, or a
+            scale is missing or superfluous.
 
     Example:
         >>> w = torch.tensor([[float("inf")], [2.0]])
         >>> activation_spmm(torch.tensor([[-1.0, 3.0]]), w, "relu2")
         tensor([[18.]])
     """
-    check_activation_spmm(z, w, activation)
+    check_activation_spmm(z, w, activation, w_scale)
     a = ACTIVATIONS[activation](z)
+    if w_scale is not None:
+        wide = accumulation_dtype(z.dtype)
+        a, w = a.to(wide), w.to(wide) * w_scale.to(wide)[:, None]
     return _skipping_matmul(a, w).to(z.dtype).contiguous()
 
 
