@@ -215,14 +215,8 @@ def product(
     *batch, M, K = z.get_size()
     N = w.get_size()[-1]
     device, dtype = z.get_device(), z.get_dtype()
-    tile = choose_tile(
-        most(M),
-        size_hint(K),
-        size_hint(N),
-        dtype,
-        processors(device),
-        scaled=w_scale is not None,
-    )
+    sizes, scaled = (most(M), size_hint(K), size_hint(N)), w_scale is not None
+    tile = choose_tile(*sizes, dtype, processors(device), scaled=scaled)
     share = CeilDiv(CeilDiv(CeilDiv(K, 16), tile.SPLITS) * 16, tile.LOCAL) * tile.LOCAL
     blocks = CeilDiv(M, tile.TOKENS) * sympy.prod(batch)
     count = blocks * tile.SPLITS * (1 + tile.TOKENS) * share

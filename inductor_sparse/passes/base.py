@@ -30,7 +30,12 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
 )
 from inductor_sparse.passes.producers import Producer
-from inductor_sparse.passes.quantized_ffn import emit_quantized_ffn, quantized_bytes
+from inductor_sparse.passes.quantized_ffn import (
+    emit_quantized_ffn,
+    emit_quantized_rows,
+    quantized_bytes,
+    read_rows,
+)
 from inductor_sparse.passes.regimes import choose
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
 from inductor_sparse.passes.weights import (
@@ -169,8 +174,16 @@ class Rule(abc.ABC):
                     decision.arch, "linear_sparsify24", site.dtype
                 )
                 return emit_sparse24(site, fuse=fuse)
-            decision.weight_copy_bytes = quantized_bytes(chosen.quantized)
-            return emit_quantized_ffn(site, chosen.quantized)
+            ffn = chosen.quantized
+            decision.weight_copy_bytes = quantized_bytes(ffn.w1, ffn.w2)
+            return emit_quantized_ffn(site, ffn)
+        rows = read_rows(site, decision.arch, context) if self._skips_rows() else None
+        if rows is not None:
+            decision.tier = Tier.APPROXIMATE
+            name = str(rows.dtype).removeprefix("torch.")
+            decision.detail += f"; rows of the weight in {name}, each with a scale"
+            decision.weight_copy_bytes = quantized_bytes(rows)
+            return emit_quantized_rows(site, rows)
         weight = resolve_weight(site.rhs, context)
         if isinstance(weight, Rejection):
             return weight
@@ -179,6 +192,10 @@ class Rule(abc.ABC):
         product = self.rewrite(site, emit_weight(weight, site.matmul), context)
         decision.weight_copy_bytes = copy_bytes(product)
         return product
+
+    def _skips_rows(self) -> bool:
+        """Whether its sites become a plain product, of an activation and a weight."""
+        return self.packs and not self.gated and self.op == "activation_spmm"
 
 
 _TRAINING_REJECTION = Rejection(

@@ -53,13 +53,19 @@ def replay_views(views: Iterable[fx.Node], on: fx.Node, before: fx.Node) -> fx.N
     return on
 
 
-def emit_activation_spmm(site: Site, weight: fx.Node) -> fx.Node:
-    """Insert ``activation_spmm`` for a site, the activation inside it if possible."""
+def emit_activation_spmm(
+    site: Site, weight: fx.Node, scale: fx.Node | None = None
+) -> fx.Node:
+    """Insert ``activation_spmm`` for a site, the activation inside it if possible.
+
+    ``scale`` holds one for each row of the weight, if these have 8 bits.
+    """
     activation, z, views = direct_input(site.lhs)
     z = replay_views(views, z, site.matmul)
     assert tensor_of(z) is not None
     target = torch.ops.inductor_sparse.activation_spmm.default
-    return insert_call(site.matmul, target, (z, weight, activation))
+    scaled = () if scale is None else (None, scale)
+    return insert_call(site.matmul, target, (z, weight, activation, *scaled))
 
 
 def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:

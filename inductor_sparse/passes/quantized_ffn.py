@@ -9,6 +9,9 @@
 
 Each row of an activation and each output feature of a weight has its own scale.
 
+For a few tokens the weight of a site that skips zeros may have 8 bits as well, and each
+of the rows that are skipped its own scale.
+
 Shape legend: M tokens, D model, F hidden, N output features.
 """
 
@@ -22,6 +25,7 @@ import torch
 from torch import fx
 
 from inductor_sparse.passes.emit import (
+    emit_activation_spmm,
     packable_input,
     shared_call,
 )
@@ -35,6 +39,7 @@ from inductor_sparse.passes.fx_utils import (
     replace,
     tensor_of,
 )
+from inductor_sparse.passes.gpu_obstacles import kernel_obstacle
 from inductor_sparse.passes.producers import Family
 from inductor_sparse.passes.sites import Rejection, Site, read_site
 from inductor_sparse.passes.weights import Copy, static_window
@@ -145,17 +150,45 @@ def emit_quantized_ffn(site: Site, ffn: QuantizedFfn) -> fx.Node:
     )
 
 
-def quantized_bytes(ffn: QuantizedFfn) -> int:
-    """The memory held by the quantized weights that are new."""
-    windows = [window for window in (ffn.w1, ffn.w2) if window is not None]
-    return sum(N * K + 4 * N for N, K in (window.size for window in windows))
+def quantized_bytes(*windows: Copy | None) -> int:
+    """The memory held by quantized windows of weights, each row with its scale."""
+    sizes = [window.size for window in windows if window is not None]
+    return sum(rows * columns + 4 * rows for rows, columns in sizes)
+
+
+def read_rows(site: Site, arch: str, context: PassContext) -> Copy | None:
+    """The window ``[K, N]`` whose rows a site that skips zeros may read in 8 bits.
+
+    None if that was not asked for, or cannot or must not be done: the rows are read as
+    they are then.
+    """
+    dtype = DTYPES.get(str(context.option("quantize")))
+    if dtype is None or site.dtype == "float32" or context.is_training:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if kernel_obstacle(("activation_spmm",), name, arch, context) is not None:
+        return None
+    found = static_window(site.rhs, context)
+    if isinstance(found, Rejection) or len(found.size) != 2:
+        return None
+    return dataclasses.replace(found, dtype=dtype)
+
+
+def emit_quantized_rows(site: Site, window: Copy) -> fx.Node:
+    """Insert a product that skips zeros, with rows quantized once."""
+    return emit_activation_spmm(site, *_emit_quantized(window, site.matmul))
+
+
+def _emit_quantized(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """``(values, scale)``: a window of a weight, its rows quantized."""
+    node = shared_call(before, _ops.quantized_weight.default, window.args)
+    values, scale = (shared_call(before, operator.getitem, (node, i)) for i in range(2))
+    return values, scale
 
 
 def _emit_weight(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
     """``(w [K, N], scale [N])``: the transposed view is what a product wants."""
-    target = _ops.quantized_weight.default
-    node = shared_call(before, target, window.args)
-    values, scale = (shared_call(before, operator.getitem, (node, i)) for i in range(2))
+    values, scale = _emit_quantized(window, before)
     return shared_call(before, aten.permute.default, (values, [1, 0])), scale
 
 

@@ -23,12 +23,16 @@ KERNELS: dict[str, dict[str, frozenset[str]]] = {
 
 _DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE}
 _PACKED = {**_DECODE, "sparsify24": _HALF, "sparse24_mm": _HALF}
+# Of activation_spmm an 8-bit dtype is that of the rows of the weight.
+_INT8_ROWS = {**_PACKED, "activation_spmm": _WIDE | {"int8"}}
+_BYTE_ROWS = {**_PACKED, "activation_spmm": _WIDE | _BYTE}
 
 UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
-    "sm_80": _PACKED,
-    "sm_86": _PACKED,
-    "sm_89": _PACKED,
-    "sm_100": _PACKED,
+    "sm_80": _INT8_ROWS,
+    "sm_86": _INT8_ROWS,
+    "sm_89": _BYTE_ROWS,
+    "sm_90": {"activation_spmm": _BYTE},
+    "sm_100": _BYTE_ROWS,
     "sm_120": _DECODE,
     "gfx942": _PACKED,
 }

@@ -165,10 +165,53 @@ def test_an_architecture_without_8_bit_kernels() -> None:
     assert calls(gm, "quantized_weight") == []
 
 
+ONE_TOKEN = ((1, 1, D), (H, D), (N, H))
+
+
 def test_a_few_tokens_skip_zeros_in_16_bits() -> None:
-    one_token = ((1, 1, D), (H, D), (N, H))
-    _, decision = run(sizes=one_token, options={"cuda_graphs": True})
-    assert decision.op == "activation_spmm"
+    gm, decision = run(sizes=ONE_TOKEN, options={"cuda_graphs": True})
+    assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
+    assert calls(gm, "quantized_weight") == []
+    assert "each with a scale" not in decision.detail
+
+
+UNVERIFIED = {"cuda_graphs": True, "allow_unverified": True}
+
+
+@pytest.mark.parametrize(("quantize", "dtype"), [("fp8", FP8), ("int8", INT8)])
+def test_rows_in_8_bits_are_unverified(quantize: str, dtype: torch.dtype) -> None:
+    gm, decision = run(biased, quantize, sizes=ONE_TOKEN, options=UNVERIFIED)
+    assert (decision.op, decision.tier) == ("activation_spmm", Tier.APPROXIMATE)
+    name = str(dtype).removeprefix("torch.")
+    assert decision.detail.endswith(
+        f"; rows of the weight in {name}, each with a scale"
+    )
+    assert decision.weight_copy_bytes == H * N + 4 * H
+    (product,) = calls(gm, "activation_spmm")
+    _, w, activation, counters, scale = product.args
+    assert (activation, counters) == ("relu", None)
+    assert (w.meta["val"].dtype, w.meta["val"].shape) == (dtype, (H, N))
+    assert scale.meta["val"].shape == (H,)
+    (weight,) = calls(gm, "quantized_weight")
+    assert weight.args[1:] == ([H, N], [1, H], 0, dtype)
+    assert calls(gm, "row_major_weight") == []
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"fn": gated},
+        {"dtype": torch.float32},
+        {"is_training": True},
+        {"architecture": lambda device: "sm_80"},  # no e4m3 there
+        {"static": []},
+    ],
+    ids=["gated", "float32", "training", "architecture", "computed"],
+)
+def test_rows_that_stay_as_they_are(how: dict[str, Any]) -> None:
+    gm, decision = run(sizes=ONE_TOKEN, options=UNVERIFIED, **how)
+    assert calls(gm, "quantized_weight") == []
+    assert decision.tier is Tier.EXACT
 
 
 def test_a_cpu_has_nothing_to_do_with_it() -> None:
