@@ -29,6 +29,7 @@ from torch.utils._sympy.functions import CeilDiv
 
 from inductor_sparse import templates
 from inductor_sparse.lowerings import common
+from inductor_sparse.runtime import cuda_driver
 
 MAX_TOKENS = 8
 """Tokens of a program; more of them are the business of more programs."""
@@ -216,7 +217,8 @@ def product(
     N = w.get_size()[-1]
     device, dtype = z.get_device(), z.get_dtype()
     sizes, scaled = (most(M), size_hint(K), size_hint(N)), w_scale is not None
-    tile = choose_tile(*sizes, dtype, processors(device), scaled=scaled)
+    processors = cuda_driver.multiprocessors(device)
+    tile = choose_tile(*sizes, dtype, processors, scaled=scaled)
     share = CeilDiv(CeilDiv(CeilDiv(K, 16), tile.SPLITS) * 16, tile.LOCAL) * tile.LOCAL
     blocks = CeilDiv(M, tile.TOKENS) * sympy.prod(batch)
     count = blocks * tile.SPLITS * (1 + tile.TOKENS) * share
@@ -286,8 +288,3 @@ def most(size: Any) -> int | None:
 def size_hint(size: Any) -> int:
     """A size, or what it was when the graph was traced."""
     return int(V.graph.sizevars.optimization_hint(size, fallback=4096))
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

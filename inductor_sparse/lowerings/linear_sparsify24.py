@@ -16,7 +16,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings
 from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
@@ -25,6 +24,7 @@ from torch._inductor.virtualized import V
 from inductor_sparse import _compat, formats
 from inductor_sparse.lowerings import (
     common,
+    hopper,
     linear_sparsify24_choices,
     linear_sparsify24_kernel,
 )
@@ -34,7 +34,9 @@ from inductor_sparse.lowerings.cuda_template import (
     CudaTemplateBuffer,
     wrapper_can_launch,
 )
+from inductor_sparse.lowerings.hopper import ALIGNMENT, Refused
 from inductor_sparse.lowerings.linear_sparsify24_kernel import TileConfig
+from inductor_sparse.runtime import cuda_driver
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +44,7 @@ OP_NAME = "linear_sparsify24"
 OP = common.op(OP_NAME)
 SPARSIFY = common.op("sparsify24")
 
-_ANY_M = 8192
-"""Tokens assumed where nothing is known about them."""
-
-_ALIGNMENT = 16
-
 Packed = tuple[ir.TensorBox, ir.TensorBox]
-
-
-class Refused(Exception):
-    """The kernel does not take a call; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +76,7 @@ class Call:
     @property
     def tokens(self) -> int:
         """``M``, or what it was when the graph was traced."""
-        M = self.x.get_size()[0]
-        return int(V.graph.sizevars.optimization_hint(M, fallback=_ANY_M))
+        return hopper.rows(self.x.get_size()[0])
 
     @property
     def layout(self) -> ir.FixedLayout:
@@ -183,18 +175,14 @@ def _rows(matrix: ir.TensorBox) -> ir.IRNode:
     )
     if refusal is not None:
         raise Refused(refusal)
-    offset = sympy.sympify(matrix.get_layout().offset * matrix.get_dtype().itemsize)
-    aligned = V.graph.sizevars.statically_known_multiple_of(offset, _ALIGNMENT)
-    if not aligned or matrix.get_name() in V.graph.unaligned_buffers:
-        raise Refused(f"{matrix.get_name()} does not start at {_ALIGNMENT} bytes")
+    if not hopper.is_aligned(matrix):
+        raise Refused(f"{matrix.get_name()} does not start at {ALIGNMENT} bytes")
     return matrix
 
 
 def _fastest(call: Call) -> Packed:
     """The kernel or the pair: measured if Inductor autotunes, expected otherwise."""
-    tuning = inductor_config.max_autotune or inductor_config.max_autotune_gemm
-    distinct = len({t.get_name() for t in call.operands}) == len(call.operands)
-    if tuning and distinct and not _compat.is_deterministic():
+    if hopper.is_measured(call.operands):
         try:
             return _measured(call)
         except torch.OutOfMemoryError:
@@ -202,10 +190,8 @@ def _fastest(call: Call) -> Packed:
                 "%s %s: not enough memory to measure candidates", OP_NAME, call.sizes
             )
     _, _, K = call.sizes
-    device = torch.cuda.get_device_properties(call.x.get_device())
-    tile = linear_sparsify24_kernel.best_tile(
-        call.tokens, K, device.multi_processor_count
-    )
+    processors = cuda_driver.multiprocessors(call.x.get_device())
+    tile = linear_sparsify24_kernel.best_tile(call.tokens, K, processors)
     log.info("%s %d tokens, %s: %s", OP_NAME, call.tokens, call.sizes, tile or "pair")
     return _node(call, tile)
 

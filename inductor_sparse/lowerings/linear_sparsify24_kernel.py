@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jinja2
 import torch
 from torch import Tensor
 
-from inductor_sparse import formats, ops, profitability, reference, templates
-from inductor_sparse.lowerings import vendor24
-from inductor_sparse.runtime import cuda_kernel
+from inductor_sparse import formats, ops, profitability, reference
+from inductor_sparse.lowerings import hopper, vendor24
+from inductor_sparse.lowerings.hopper import ALIGNMENT, MAX_SIZE
+from inductor_sparse.lowerings.hopper import SHARED_BYTES as SHARED_BYTES
+from inductor_sparse.runtime import cuda_driver, cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
 
 DTYPE_NAMES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -27,12 +28,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "f
 ACTIVATIONS = ("relu", "relu2")
 """Their values are never negative, so both ways to select are the same."""
 
-SHARED_BYTES = 232_448
-"""Dynamic shared memory that a block may have on sm_90 (227 KiB)."""
-
 _PACK_BYTES = 2 * 16 * 128
-_MAX_SIZE = 2**30
-_ALIGNMENT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,21 +117,14 @@ def kernel_source(
         has_bias: whether there is a bias.
         has_energy: whether it counts what is kept of what energy.
     """
-    text = templates.load("cuda/linear_sparsify24.cu.jinja")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
-    return environment.from_string(text).render(
+    return hopper.render(
+        "cuda/linear_sparsify24.cu.jinja",
         **dataclasses.asdict(tile),
-        hopper=templates.load("cuda/hopper.cuh"),
         name=name,
         dtype=DTYPE_NAMES[dtype],
         square=activation == "relu2",
         has_bias=has_bias,
         has_energy=has_energy,
-        shared_bytes=SHARED_BYTES,
-        # ptxas gives 168 registers to each of 384 threads; the consumers take what
-        # the producer does not need.
-        consumer_registers=232,
-        producer_registers=40,
     )
 
 
@@ -182,8 +171,8 @@ def refusal(x: Tensor, w1: Tensor, activation: str) -> str | None:
     unknown = kind_refusal(x.device, x.dtype, activation)
     if unknown is not None:
         return unknown
-    if (x.data_ptr() | w1.data_ptr()) % _ALIGNMENT:
-        return f"an operand does not start at a multiple of {_ALIGNMENT} bytes"
+    if (x.data_ptr() | w1.data_ptr()) % ALIGNMENT:
+        return f"an operand does not start at a multiple of {ALIGNMENT} bytes"
     return layout_refusal(x.shape, x.stride()) or layout_refusal(w1.shape, w1.stride())
 
 
@@ -203,10 +192,10 @@ def kind_refusal(
 
 def layout_refusal(size: tuple[int, ...], stride: tuple[int, ...]) -> str | None:
     """Why TMA cannot fetch a 16-bit matrix of this layout, or None."""
-    if 0 in size or max(size) > _MAX_SIZE:
-        return f"a size of {tuple(size)} is 0 or over {_MAX_SIZE}"
-    if stride[1] != 1 or stride[0] < size[1] or stride[0] * 2 % _ALIGNMENT:
-        return f"rows with strides {tuple(stride)} are not aligned to {_ALIGNMENT} B"
+    if 0 in size or max(size) > MAX_SIZE:
+        return f"a size of {tuple(size)} is 0 or over {MAX_SIZE}"
+    if stride[1] != 1 or stride[0] < size[1] or stride[0] * 2 % ALIGNMENT:
+        return f"rows with strides {tuple(stride)} are not aligned to {ALIGNMENT} B"
     return None
 
 
@@ -251,13 +240,13 @@ def linear_sparsify24(
     ops.check_energy("linear_sparsify24", energy)
     reference.check_linear_sparsify24(x, w1, bias, activation, select)
     if refusal(x, w1, activation) is None:
-        device = torch.cuda.get_device_properties(x.device)
-        tile = best_tile(x.shape[0], w1.shape[0], device.multi_processor_count)
+        processors = cuda_driver.multiprocessors(x.device)
+        tile = best_tile(x.shape[0], w1.shape[0], processors)
         if tile is not None:
             bias = None if bias is None else bias.contiguous()
             return launch(tile, x, w1, bias, activation, energy)
     return ops.linear_sparsify24(x, w1, bias, activation, select, energy)
 
 
-_library = torch.library.Library("inductor_sparse", "IMPL")
+_library = torch.library.Library(ops.NAMESPACE, "IMPL")
 _library.impl("linear_sparsify24", linear_sparsify24, "CUDA")

@@ -15,19 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inductor_sparse import formats, profitability, reference
+from inductor_sparse import formats, ops, profitability, reference
 from inductor_sparse.lowerings import sparse24_kernel, tile_model, vendor24
+from inductor_sparse.lowerings.hopper import ALIGNMENT, MAX_SIZE
 from inductor_sparse.lowerings.sparse24_kernel import DTYPE_NAMES, TileConfig
-from inductor_sparse.runtime import cuda_kernel
+from inductor_sparse.runtime import cuda_driver, cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes in which the kernel stores a product."""
-
-_MAX_SIZE = 2**30
-"""Sizes are 32-bit in the kernel, where whole tiles reach beyond them."""
-
-_ALIGNMENT = 16
 
 
 def size_refusal(
@@ -46,8 +42,8 @@ def size_refusal(
         return f"the kernel does not store {out_dtype}"
     if any(size == 0 for size in sizes):
         return "the product is empty"
-    if any(size > _MAX_SIZE for size in sizes):
-        return f"a size is over {_MAX_SIZE}"
+    if any(size > MAX_SIZE for size in sizes):
+        return f"a size is over {MAX_SIZE}"
     return None
 
 
@@ -63,7 +59,7 @@ def weight_order(
     """
     K, N = size
     along_k, along_n = stride
-    step = _ALIGNMENT // itemsize
+    step = ALIGNMENT // itemsize
     if (along_k == 1 or K == 1) and along_n >= K and along_n % step == 0:
         return "k"
     rows = (along_n == 1 or N == 1) and along_k >= N and along_k % step == 0
@@ -73,10 +69,10 @@ def weight_order(
 def fetchable(w: Tensor) -> tuple[Tensor, str]:
     """``w`` and its order, or a copy of it that TMA can fetch, and ``"k"``."""
     order = weight_order(w.shape, w.stride(), w.element_size())
-    if order is not None and w.data_ptr() % _ALIGNMENT == 0:
+    if order is not None and w.data_ptr() % ALIGNMENT == 0:
         return w, order
     K, N = w.shape
-    step = _ALIGNMENT // w.element_size()
+    step = ALIGNMENT // w.element_size()
     copy = w.new_empty(N, -(-K // step) * step)[:, :K]
     return copy.copy_(w.t()).t(), "k"
 
@@ -185,7 +181,7 @@ def sparse24_mm(
         )
     result = values.new_empty(M, N, dtype=out)
     w, b_order = fetchable(w)
-    processors = torch.cuda.get_device_properties(values.device).multi_processor_count
+    processors = cuda_driver.multiprocessors(values.device)
     tile = tile_model.best_tile(M, N, K, values.dtype, b_order, processors)
     launch(
         tile,
@@ -200,12 +196,12 @@ def sparse24_mm(
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _scale(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.float().contiguous()
 
 
-_library = torch.library.Library("inductor_sparse", "IMPL")
+_library = torch.library.Library(ops.NAMESPACE, "IMPL")
 _library.impl("sparse24_mm", sparse24_mm, "CUDA")

@@ -6,13 +6,12 @@ Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction, ``S`` packed reduction
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jinja2
 import torch
 
-from inductor_sparse import templates
+from inductor_sparse.lowerings import hopper
+from inductor_sparse.lowerings.hopper import SHARED_BYTES as SHARED_BYTES
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bfloat16: "bf16",
@@ -21,9 +20,6 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int8: "s8",
 }
 """Dtypes of the packed operand, and what PTX calls them."""
-
-SHARED_BYTES = 232_448
-"""Dynamic shared memory that a block may have on sm_90 (227 KiB)."""
 
 _STAGE_ROW_BYTES = {"values": 64, "w": 128}
 _METADATA_BYTES = 512
@@ -184,19 +180,14 @@ def kernel_source(
         has_row_scale: whether there is a scale of each row, float32.
         has_col_scale: whether there is a scale of each column, float32.
     """
-    return _template().render(
+    return hopper.render(
+        "cuda/sparse24_mm.cu.jinja",
         **dataclasses.asdict(config),
-        hopper=templates.load("cuda/hopper.cuh"),
         name=name,
         dtype=DTYPE_NAMES[dtype],
         b_order=b_order,
         has_row_scale=has_row_scale,
         has_col_scale=has_col_scale,
-        shared_bytes=SHARED_BYTES,
-        # ptxas gives 168 registers to each of 384 threads; the consumers take what
-        # the producer does not need.
-        consumer_registers=232,
-        producer_registers=40,
         store="none" if epilogue.out_dtype is None else "tma16",
         out_dtype="f16" if epilogue.out_dtype == torch.float16 else "bf16",
         epilogue_code=epilogue.code,
@@ -241,10 +232,3 @@ def map_boxes(
     metadata = {"box": (128, 1), "swizzle": 0, "transposed": False}
     outputs = () if epilogue.out_dtype is None else (out,)
     return (values, w, *outputs, metadata)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    return jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=False
-    ).from_string(templates.load("cuda/sparse24_mm.cu.jinja"))

@@ -17,7 +17,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.lowering import to_dtype
 from torch._inductor.select_algorithm import (
@@ -29,6 +28,7 @@ from torch._inductor.virtualized import V
 from inductor_sparse import _compat, config, profitability, reference
 from inductor_sparse.lowerings import (
     common,
+    hopper,
     sparse24_choices,
     sparse24_gemm,
     sparse24_kernel,
@@ -41,21 +41,15 @@ from inductor_sparse.lowerings.cuda_template import (
     CudaTemplateBuffer,
     wrapper_can_launch,
 )
+from inductor_sparse.lowerings.hopper import Refused
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
-from inductor_sparse.runtime import cuda_kernel
+from inductor_sparse.runtime import cuda_driver, cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import TensorMap
 
 log = logging.getLogger(__name__)
 
 OP_NAME = "sparse24_mm"
 OP = common.op(OP_NAME)
-
-_ANY_M = 8192
-"""Rows assumed where nothing is known about them."""
-
-
-class Refused(Exception):
-    """There is no kernel of ours for a product; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +76,7 @@ class Product:
     @property
     def rows(self) -> int:
         """``M``, or what it was when the graph was traced."""
-        return int(V.graph.sizevars.optimization_hint(self.M, fallback=_ANY_M))
+        return hopper.rows(self.M)
 
 
 def tuned_sparse24_mm(
@@ -146,7 +140,7 @@ def _product(
     operands = [*map(_row_major, (values, metadata)), w]
     given = [scale for scale in (row_scale, col_scale) if scale is not None]
     operands += [_row_major(to_dtype(scale, torch.float32)) for scale in given]
-    unaligned = [node for node in operands if not _aligned(node)]
+    unaligned = [node for node in operands if not hopper.is_aligned(node)]
     if unaligned:
         raise Refused(f"{unaligned[0].get_name()} does not start at 16 bytes")
     M, (K, N) = operands[0].get_size()[0], map(int, w.get_size())
@@ -189,33 +183,22 @@ def _weight(w: ir.TensorBox) -> tuple[ir.IRNode, str]:
     return w, b_order
 
 
-def _aligned(node: ir.IRNode) -> bool:
-    """Whether a node starts at a multiple of 16 bytes."""
-    offset = node.get_layout().offset * node.get_dtype().itemsize
-    known = V.graph.sizevars.statically_known_multiple_of(sympy.sympify(offset), 16)
-    return bool(known) and node.get_name() not in V.graph.unaligned_buffers
-
-
 def _own(product: Product) -> ir.TensorBox:
     """Our kernel, or what autotuning finds faster."""
     node = _node_maker(product)
-    tuning = inductor_config.max_autotune or inductor_config.max_autotune_gemm
-    names = {operand.get_name() for operand in product.operands}
-    # Told not to measure, or one tensor in two roles, which autotuning would merge.
-    if not tuning or _compat.is_deterministic() or len(names) < len(product.operands):
+    if not hopper.is_measured(product.operands):
         return node(_best_tile(product))
     return _autotuned(product, node)
 
 
 def _best_tile(product: Product) -> TileConfig:
-    device = torch.cuda.get_device_properties(product.layout.device)
     tile = tile_model.best_tile(
         product.rows,
         product.N,
         product.K,
         product.dtype,
         product.b_order,
-        device.multi_processor_count,
+        cuda_driver.multiprocessors(product.layout.device),
     )
     log.info("sparse24_mm %dx%dx%d: tile %s", product.rows, product.N, product.K, tile)
     return tile

@@ -14,9 +14,7 @@ and ``C`` blocks of 64 rows and of 64 columns of the packed operand.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -84,7 +82,11 @@ def masked_dense(
 
 def unpack(values: Tensor, metadata: Tensor, features: int) -> Tensor:
     """:func:`inductor_sparse.formats.unpack`, on a GPU by one kernel."""
-    if not values.is_cuda or values.dtype.itemsize not in _BITS or not _has_triton():
+    if (
+        not values.is_cuda
+        or values.dtype.itemsize not in _BITS
+        or not triton_text.available()
+    ):
         return formats.unpack(values, metadata, features)
     formats.check_packed(values, metadata, features)
     bits = _BITS[values.dtype.itemsize]
@@ -107,11 +109,6 @@ def unpack(values: Tensor, metadata: Tensor, features: int) -> Tensor:
             BLOCK_K=_UNPACK_COLUMNS,
         )
     return dense
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _dense_product(dense: Tensor, w: Tensor) -> Tensor | None:
@@ -151,14 +148,8 @@ def cusparselt_refusal(
     """Why cuSPARSELt cannot compute a product, or None."""
     if not torch.backends.cusparselt.is_available():
         return "torch has no cuSPARSELt"
-    if dtype not in _WIDE + _NARROW:
-        return f"cuSPARSELt does not multiply {dtype}"
-    if dtype in _WIDE and (scaled or out_dtype != dtype):
-        return f"cuSPARSELt gives no {dtype} product before it is rounded"
-    columns = 8 if dtype in _WIDE else 16
-    if N % columns:
-        return f"cuSPARSELt needs N to be a multiple of {columns}, not {N}"
-    return None
+    dtypes = _WIDE + _NARROW
+    return _refusal("cuSPARSELt", dtypes, dtype, out_dtype, N, scaled=scaled)
 
 
 def cusparselt(
@@ -225,13 +216,27 @@ def cutlass_refusal(
     dtype: torch.dtype, out_dtype: torch.dtype, N: int, *, scaled: bool
 ) -> str | None:
     """Why torch's CUTLASS op cannot compute a product, or None."""
-    if dtype not in (*_WIDE, torch.int8):
-        return f"torch's CUTLASS op does not multiply {dtype}"
+    dtypes = (*_WIDE, torch.int8)
+    return _refusal("torch's CUTLASS op", dtypes, dtype, out_dtype, N, scaled=scaled)
+
+
+def _refusal(
+    kernel: str,
+    dtypes: tuple[torch.dtype, ...],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    N: int,
+    *,
+    scaled: bool,
+) -> str | None:
+    """Why a vendor's kernel for ``dtypes`` cannot compute a product, or None."""
+    if dtype not in dtypes:
+        return f"{kernel} does not multiply {dtype}"
     if dtype in _WIDE and (scaled or out_dtype != dtype):
-        return f"torch's CUTLASS op gives no {dtype} product before it is rounded"
+        return f"{kernel} gives no {dtype} product before it is rounded"
     columns = 8 if dtype in _WIDE else 16
     if N % columns:
-        return f"torch's CUTLASS op needs N to be a multiple of {columns}, not {N}"
+        return f"{kernel} needs N to be a multiple of {columns}, not {N}"
     return None
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
-
-from inductor_sparse.runtime import nvrtc
+from inductor_sparse.runtime import nvrtc, triton_text
 
 
 def missing_package(op: str, arch: str) -> str:
@@ -17,9 +14,6 @@ def missing_package(op: str, arch: str) -> str:
         return ""
     if op == "sparse24_mm":
         return (nvrtc.unavailable_reason() or "") if arch == "sm_90" else ""
-    return "" if _has_triton() else "triton is missing; run: pip install triton"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return (
+        "" if triton_text.available() else "triton is missing; run: pip install triton"
+    )

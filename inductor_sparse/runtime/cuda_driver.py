@@ -139,8 +139,8 @@ def on_device(device: int) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def multiprocessors(device: int) -> int:
-    """How many multiprocessors a device has."""
+def multiprocessors(device: int | torch.device) -> int:
+    """How many multiprocessors (compute units) a device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -11,7 +11,6 @@ Shape legend: ``M`` rows, ``K`` columns.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -71,7 +70,7 @@ def activation_constants(activation: str, select: str) -> dict[str, bool | int]:
 
 def takes(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the kernels take ``x``, and give ``dtype`` on its device."""
-    if x.dtype not in DTYPES or not x.numel() or find_spec("triton") is None:
+    if x.dtype not in DTYPES or not x.numel() or not triton_text.available():
         return False
     return dtype != torch.float8_e4m3fn or has_e4m3(x.device)
 

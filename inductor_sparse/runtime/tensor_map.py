@@ -44,7 +44,7 @@ SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 
 _NO_INTERLEAVE, _L2_128_BYTES, _OUTSIDE_IS_ZERO = 0, 2, 0
 _MAX_BOX = 256
-_MAX_DIMENSION = 2**30
+MAX_DIMENSION = 2**30
 """A quarter of what a map can tell: kernels compute coordinates in 32 bits, up to the
 end of a tile that begins inside the tensor."""
 _MAX_STRIDE_BYTES = 2**40
@@ -115,12 +115,12 @@ class TensorMap:
             raise SparseKernelError(
                 f"starts {layout.address % 16} bytes behind a multiple of 16; clone it"
             )
-        too_long = max(layout.inner, layout.outer) > _MAX_DIMENSION
+        too_long = max(layout.inner, layout.outer) > MAX_DIMENSION
         if too_long or layout.stride_bytes >= _MAX_STRIDE_BYTES:
             raise SparseKernelError(
                 f"is too large for a kernel, with {layout.outer} rows of "
                 f"{layout.inner} elements {layout.stride_bytes} bytes apart: at most "
-                f"{_MAX_DIMENSION} of either, less than {_MAX_STRIDE_BYTES} bytes "
+                f"{MAX_DIMENSION} of either, less than {_MAX_STRIDE_BYTES} bytes "
                 "apart; split it"
             )
 

@@ -9,8 +9,15 @@ import functools
 import linecache
 import types
 from importlib import resources
+from importlib.util import find_spec
 
 _HEADER = "import triton\nimport triton.language as tl\n"
+
+
+@functools.cache
+def available() -> bool:
+    """Whether triton is installed."""
+    return find_spec("triton") is not None
 
 
 def text(*names: str) -> str:
