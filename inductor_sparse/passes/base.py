@@ -19,10 +19,8 @@ from inductor_sparse import config, profitability
 from inductor_sparse._compat import size_hint, uses_cuda_graphs
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
 from inductor_sparse.passes.choice import Choice, Regime
-from inductor_sparse.passes.emit import emit_sparse24
+from inductor_sparse.passes.emit import emit_sparse24, scaled_and_shifted
 from inductor_sparse.passes.fx_utils import (
-    aten,
-    insert_call,
     module_path,
     op_name,
     replace,
@@ -293,16 +291,5 @@ def _copy_pays(site: Site, context: PassContext) -> bool:
 
 
 def finish_site(site: Site, product: fx.Node) -> None:
-    """Add the bias to a rewritten product and let it take the matmul's uses.
-
-    Scale and bias are separate nodes: Inductor fuses them into the kernel's epilogue.
-    """
-    result = product
-    if site.alpha != 1:
-        result = insert_call(site.matmul, aten.mul.Tensor, (result, site.alpha))
-    if site.bias is not None and site.beta != 0:
-        bias = site.bias
-        if site.beta != 1:
-            bias = insert_call(site.matmul, aten.mul.Tensor, (bias, site.beta))
-        result = insert_call(site.matmul, aten.add.Tensor, (result, bias))
-    replace(site.matmul, result)
+    """Add the bias to a rewritten product and let it take the matmul's uses."""
+    replace(site.matmul, scaled_and_shifted(site, product))

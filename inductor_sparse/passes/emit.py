@@ -53,6 +53,21 @@ def replay_views(views: Iterable[fx.Node], on: fx.Node, before: fx.Node) -> fx.N
     return on
 
 
+def scaled_and_shifted(site: Site, product: fx.Node) -> fx.Node:
+    """``alpha * product + beta * bias`` of a site, before its matmul.
+
+    Scale and bias are separate nodes: Inductor fuses them into the kernel's epilogue.
+    """
+    if site.alpha != 1:
+        product = insert_call(site.matmul, aten.mul.Tensor, (product, site.alpha))
+    if site.bias is None or site.beta == 0:
+        return product
+    bias = site.bias
+    if site.beta != 1:
+        bias = insert_call(site.matmul, aten.mul.Tensor, (bias, site.beta))
+    return insert_call(site.matmul, aten.add.Tensor, (product, bias))
+
+
 def emit_activation_spmm(
     site: Site, weight: fx.Node, scale: fx.Node | None = None
 ) -> fx.Node:

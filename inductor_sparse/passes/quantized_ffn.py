@@ -27,6 +27,7 @@ from torch import fx
 from inductor_sparse.passes.emit import (
     emit_activation_spmm,
     packable_input,
+    scaled_and_shifted,
     shared_call,
 )
 from inductor_sparse.passes.fx_utils import (
@@ -214,7 +215,7 @@ def _fp8_product(
     inside = bias is not None and bias.ndim == 1 and first.beta == first.alpha == 1
     args = (x_MD, w_DF, column, row, first.bias if inside else None, None, out, True)
     result = insert_call(before, aten._scaled_mm.default, args)
-    return result if inside else _scaled_and_shifted(first, result)
+    return result if inside else scaled_and_shifted(first, result)
 
 
 def _int8_product(
@@ -225,18 +226,5 @@ def _int8_product(
     wide = insert_call(before, cast, (sums, torch.float32))
     for scale in (column, row):
         wide = insert_call(before, aten.mul.Tensor, (wide, scale))
-    wide = _scaled_and_shifted(first, wide)
+    wide = scaled_and_shifted(first, wide)
     return insert_call(before, cast, (wide, before.meta["val"].dtype))
-
-
-def _scaled_and_shifted(first: Site, product: fx.Node) -> fx.Node:
-    """``alpha * product + beta * bias``."""
-    before = first.matmul
-    if first.alpha != 1:
-        product = insert_call(before, aten.mul.Tensor, (product, first.alpha))
-    if first.bias is None or first.beta == 0:
-        return product
-    bias = first.bias
-    if first.beta != 1:
-        bias = insert_call(before, aten.mul.Tensor, (bias, first.beta))
-    return insert_call(before, aten.add.Tensor, (product, bias))
