@@ -36,7 +36,7 @@ class Energy:
     """What one site has kept so far.
 
     ``calls`` are those of its graph; ``kept`` and ``total`` are sums of squares of the
-    activation.
+    activation, of a large one both over the same part: only their ratio means much.
     """
 
     site: str
