@@ -1,6 +1,6 @@
 """Settings shared by all tests.
 
-Property tests are repeatable and have no deadline.  Every graph is compiled anew, in a
+Random tensors are the same in every run, whatever else is selected.  Property tests are repeatable and have no deadline.  Every graph is compiled anew, in a
 cache folder that belongs to this run: what an earlier test or an earlier run compiled
 decides nothing here.  Kernels are the exception: the compiled form of the same C++ text
 is shared by all workers of the run.
@@ -26,6 +26,21 @@ settings.load_profile("repeatable")
 # One C++ compilation at a time in each worker: a pool of compile processes costs more
 # to start than it saves on graphs this small.  Read by torch when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Tensors made when a test file is imported are the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tensors made by a test do not depend on the tests that ran before it."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_within_budget
 from torch import Tensor
 from tracing import calls, listing, rewrite, rewrite_one, trace
 
@@ -114,7 +115,8 @@ def test_shared_copy_moves_before_its_first_use() -> None:
     gm = trace(fn, X, w)
     assert len(rewrite(gm, static=[1]).applied) == 2
     gm.graph.lint()
-    torch.testing.assert_close(gm(X, w), fn(X, w))
+    # Cubes of sums of squares: the error grows with them, so it is measured.
+    assert_within_budget(gm(X, w), fn(X, w), fn(X.double(), w.double()))
 
 
 def refused(fn: Callable[..., Tensor], *args: Tensor, **context: Any) -> str:
