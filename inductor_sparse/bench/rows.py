@@ -10,6 +10,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ import torch
 from inductor_sparse.errors import SparseError
 
 Row = dict[str, Any]
+COMMIT_VARIABLE = "INDUCTOR_SPARSE_COMMIT"
+"""Says what a copy of the checkout was made from, where its git cannot tell."""
 PROTOCOL = 1
 """Raised whenever a change of method makes rows incomparable with older ones."""
 
@@ -73,18 +76,32 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-@functools.cache
 def commit() -> str:
     """Short hash of the checkout this package runs from, ``-dirty`` if it was changed.
 
-    ``unknown`` for an installed wheel, or where git is missing.
+    Only a change of a tracked file counts: files that git does not know are no part of
+    a commit.  The environment variable :data:`COMMIT_VARIABLE` wins, for a copy of a
+    checkout.  ``unknown`` for an installed wheel, or where git is missing.
     """
-    folder = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return os.environ.get(COMMIT_VARIABLE) or _described(Path(__file__).parent)
+
+
+@functools.cache
+def _described(folder: Path) -> str:
+    """What git says about the checkout that ``folder`` is tracked in."""
+    ask = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    # A wheel may be installed somewhere inside the checkout of something else.
+    tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        )
+        for command in (tracked, ask):
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()

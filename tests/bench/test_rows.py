@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from inductor_sparse.bench import rows
 from inductor_sparse.bench.rows import (
     RowFileError,
     commit,
@@ -68,5 +71,48 @@ def test_machine_fields_are_json_and_complete() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", fields["timestamp"])
 
 
-def test_commit_is_a_hash_or_unknown() -> None:
-    assert re.fullmatch(r"[0-9a-f]{7,12}(-dirty)?|unknown", commit())
+def git(folder: Path, *argv: str) -> str:
+    """The output of a git command that knows nobody's settings."""
+    who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org"}
+    who |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in who.items()}
+    who |= {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    command = ["git", *argv]
+    return subprocess.run(
+        command, cwd=folder, env=who, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository that tracks a file named like the one that asks."""
+    (tmp_path / "rows.py").write_text("1")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "rows.py")
+    git(tmp_path, "commit", "--quiet", "-m", "first")
+    git(tmp_path, "tag", "-m", "a name that is no hash", "v1")
+    return tmp_path
+
+
+def test_commit_is_dirty_only_by_tracked_files(checkout: Path) -> None:
+    head = git(checkout, "rev-parse", "--short=12", "HEAD").strip()
+    (checkout / "unknown.txt").write_text("1")
+    assert rows._described.__wrapped__(checkout) == head
+    (checkout / "rows.py").write_text("2")
+    assert rows._described.__wrapped__(checkout) == f"{head}-dirty"
+
+
+def test_commit_is_not_that_of_a_checkout_around_an_install(checkout: Path) -> None:
+    installed = checkout / "site-packages"
+    installed.mkdir()
+    (installed / "rows.py").write_text("1")
+    assert rows._described.__wrapped__(installed) == "unknown"
+
+
+def test_commit_of_a_copy_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rows._described.__wrapped__(tmp_path) == "unknown"
+    monkeypatch.setenv("INDUCTOR_SPARSE_COMMIT", "0123456789ab")
+    assert machine("cpu")["commit"] == "0123456789ab"
+    monkeypatch.setenv("INDUCTOR_SPARSE_COMMIT", "")
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", commit())
