@@ -1,8 +1,9 @@
-"""Inputs to try a ``sparse24_mm`` kernel with, and whether its result is right.
+"""Autotuning in which a wrong result loses whatever its time is.
 
-A candidate whose result is wrong must lose whatever its time is.  The oracle is the
-masked-dense product in float64 of one row of every block of 64 and of the first and
-last rows, all columns: it meets every tile at a small part of the product's cost.
+:func:`checked_time` holds the rules of the race, an :class:`Oracle` what is right.  For
+``sparse24_mm`` that is the masked-dense product in float64 of one row of every block of
+64 and of the first and last rows, all columns: it meets every tile at a small part of
+the product's cost.
 
 Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction, ``S`` packed reduction, ``R``
 and ``C`` blocks of 64 rows and of 64 columns of the packed operand, ``P`` rows looked
@@ -11,14 +12,20 @@ at.
 
 from __future__ import annotations
 
+import abc
+import logging
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.benchmarking import benchmarker
 
 from inductor_sparse import formats
 from inductor_sparse.formats import BLOCK
+
+log = logging.getLogger(__name__)
 
 _PAIRS = tuple(i0 | i1 << 2 for i0 in range(4) for i1 in range(i0 + 1, 4))
 """Every valid nibble: two positions, ascending."""
@@ -31,6 +38,65 @@ _CHUNK_ROWS, _CHUNK_COLUMNS = 16 * BLOCK, 1024
 
 _SUM_TOLERANCE = 2.0**-8
 """Of sums of products of 8 bits, which Hopper adds with 14 bits of mantissa."""
+
+_LAST_RESORT_MS = 1e9
+
+
+class Oracle(abc.ABC):
+    """Knows what the candidates of one autotuning have to compute.
+
+    ``timed`` counts the results that were found right, ``short_of_memory`` says whether
+    there was not enough to compute or to check one.
+    """
+
+    def __init__(self) -> None:
+        self.timed = 0
+        self.short_of_memory = False
+
+    @abc.abstractmethod
+    def error(self, result: Any, inputs: Sequence[Tensor]) -> float:
+        """The relative error of what a candidate made of ``inputs``."""
+
+
+def checked_time(
+    name: str,
+    oracle: Oracle,
+    compute: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    *,
+    last_resort: bool = False,
+) -> float:
+    """Milliseconds that ``compute(*inputs)`` takes; inf unless its result is right.
+
+    Args:
+        name: what the log calls the candidate when it is out of the race.
+        oracle: judges the result and takes note.
+        compute: returns a tensor, or a tuple that begins with one.
+        inputs: of autotuning.
+        last_resort: very long instead of inf, for the candidate that is right by
+            definition: that it cannot be measured does not make it wrong.
+    """
+    try:
+        result = compute(*inputs)
+        error = oracle.error(result, inputs)
+        first = result if isinstance(result, Tensor) else result[0]
+        allowed = tolerance(first.dtype)
+        if error <= allowed:
+            took = float(benchmarker.benchmark_gpu(lambda: compute(*inputs)))
+            oracle.timed += 1
+            return took
+        log.warning(
+            "%s is off by %.1e of the largest value, %.1e is allowed: not a candidate; "
+            "please report it",
+            name,
+            error,
+            allowed,
+        )
+    except Exception as problem:  # whatever it is, the candidate is out of the race
+        oracle.short_of_memory |= isinstance(problem, torch.OutOfMemoryError)
+        summary = str(problem).strip().partition("\n")[0]
+        log.warning("%s is not a candidate: %s", name, summary)
+    return _LAST_RESORT_MS if last_resort else math.inf
 
 
 def generator(device: torch.device) -> torch.Generator:

@@ -10,8 +10,6 @@ four, ``P`` rows looked at.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,24 +17,19 @@ import torch
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.codecache import code_hash
-from torch._inductor.runtime.benchmarking import benchmarker
 
 from inductor_sparse import formats, ops, reference
 from inductor_sparse.lowerings import candidate_check, linear_sparsify24_kernel
 from inductor_sparse.lowerings.linear_sparsify24_kernel import TileConfig
 
-log = logging.getLogger(__name__)
-
-_LAST_RESORT_MS = 1e9
-"""Of the pair where not even that could be measured."""
-
 _COLUMNS = 4096
 
 
-class Oracle:
+class Oracle(candidate_check.Oracle):
     """Whether packed operands are those of an activation of a linear layer."""
 
     def __init__(self, activation: str) -> None:
+        super().__init__()
         self.activation = activation
 
     def error(self, packed: tuple[Tensor, Tensor], inputs: Sequence[Tensor]) -> float:
@@ -102,30 +95,11 @@ class Candidate(ir.ChoiceCaller):
     def benchmark(self, *args: Any, out: Tensor) -> float:
         """Milliseconds of one call; inf if it fails or is wrong.
 
-        The pair is the last resort: that it cannot be measured does not rule it out.
+        The pair is what the kernel replaces: it stays when nothing can be measured.
         """
-        took = self._checked_time(args)
-        return took if self.tile else min(took, _LAST_RESORT_MS)
-
-    def _checked_time(self, inputs: Sequence[Tensor]) -> float:
-        try:
-            packed = self._pack(*inputs)
-            error = self.oracle.error(packed, inputs)
-            allowed = candidate_check.tolerance(packed[0].dtype)
-            if not error <= allowed:
-                log.warning(
-                    "%s is off by %.1e of the largest value, %.1e is allowed: not a "
-                    "candidate; please report it",
-                    self,
-                    error,
-                    allowed,
-                )
-                return math.inf
-            return float(benchmarker.benchmark_gpu(lambda: self._pack(*inputs)))
-        except Exception as problem:  # whatever it is, the candidate is out of the race
-            summary = str(problem).strip().partition("\n")[0]
-            log.warning("%s is not a candidate: %s", self, summary)
-            return math.inf
+        return candidate_check.checked_time(
+            str(self), self.oracle, self._pack, args, last_resort=self.tile is None
+        )
 
     def call_name(self) -> str:
         """The name of the kernel."""

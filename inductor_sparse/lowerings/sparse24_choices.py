@@ -9,8 +9,6 @@ measured, the numbers are those of the op up to rounding.
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.codecache import code_hash
-from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import ExternKernelCaller, ExternKernelChoice
 from torch._inductor.virtualized import V
 
@@ -27,24 +24,16 @@ from inductor_sparse.lowerings import candidate_check, sparse24_gemm, vendor24
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
 from inductor_sparse.runtime.cuda_kernel import CudaKernel
 
-log = logging.getLogger(__name__)
 
-_LAST_RESORT_MS = 1e9
-"""Of the masked-dense product where not even that could be measured."""
+class Oracle(candidate_check.Oracle):
+    """The right product for the inputs of one autotuning, computed once.
 
-
-class Oracle:
-    """The right answer for the inputs of one autotuning, computed once.
-
-    ``scales`` says whether there is a row scale and a column scale.  ``timed`` counts
-    the results that were found right, ``short_of_memory`` says whether there was not
-    enough to compute or to check one.
+    ``scales`` says whether there is a row scale and a column scale.
     """
 
     def __init__(self, scales: tuple[bool, bool]) -> None:
+        super().__init__()
         self.scales = scales
-        self.timed = 0
-        self.short_of_memory = False
         self._inputs: Sequence[Tensor] = ()
         self._rows = torch.empty(0, dtype=torch.int64)
         self._expected = torch.empty(0)
@@ -73,36 +62,6 @@ def with_scales(
     row_scale = given.pop(0) if scales[0] else None
     col_scale = given.pop(0) if scales[1] else None
     return values, metadata, w, row_scale, col_scale
-
-
-def checked_time(
-    name: str,
-    oracle: Oracle,
-    compute: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-) -> float:
-    """Milliseconds that ``compute(*inputs)`` takes; inf unless its result is right."""
-    try:
-        result = compute(*inputs)
-        error = oracle.error(result, inputs)
-        allowed = candidate_check.tolerance(result.dtype)
-        if error > allowed:
-            log.warning(
-                "%s is off by %.1e of the largest value, %.1e is allowed: not a "
-                "candidate; please report it",
-                name,
-                error,
-                allowed,
-            )
-            return math.inf
-        took = float(benchmarker.benchmark_gpu(lambda: compute(*inputs)))
-        oracle.timed += 1
-        return took
-    except Exception as problem:  # whatever it is, the candidate is out of the race
-        oracle.short_of_memory |= isinstance(problem, torch.OutOfMemoryError)
-        summary = str(problem).strip().partition("\n")[0]
-        log.warning("%s is not a candidate: %s", name, summary)
-        return math.inf
 
 
 class TileCaller(ir.ChoiceCaller):
@@ -138,7 +97,8 @@ class TileCaller(ir.ChoiceCaller):
 
     def benchmark(self, *args: Any, out: Tensor) -> float:
         """Milliseconds of one product; inf if it fails or is wrong."""
-        return checked_time(str(self), self.oracle, self.to_callable(), args)
+        compute = self.to_callable()
+        return candidate_check.checked_time(str(self), self.oracle, compute, args)
 
     def call_name(self) -> str:
         """The name of the kernel without an epilogue."""
@@ -196,19 +156,16 @@ class CheckedExtern(ExternKernelCaller):
     def benchmark(self, *args: Any, out: Tensor) -> float:
         """Milliseconds of one product; inf if it fails or is wrong.
 
-        The masked-dense product is what the others are checked against; that it cannot
-        be measured, for want of memory, does not make it wrong.
+        The masked-dense product is what the others are checked against.
         """
         kernel = self.choice.to_callable()
-        took = checked_time(
+        return candidate_check.checked_time(
             self.choice.name,
             self.oracle,
             lambda *inputs: kernel(*inputs, **self.kwargs),
             args,
+            last_resort=self.choice is vendor24.MASKED_DENSE,
         )
-        if self.choice is vendor24.MASKED_DENSE:
-            return min(took, _LAST_RESORT_MS)
-        return took
 
 
 def input_generators(K: int) -> dict[int, Callable[[Any], Tensor]]:

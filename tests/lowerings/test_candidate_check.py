@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,3 +102,88 @@ def test_what_overflows_is_expected_to() -> None:
     assert check.relative_error(expected.half(), expected) < 1e-3
     wrong = torch.tensor([[1e5, -1e6, 1e5]]).half()
     assert check.relative_error(wrong, expected) > 0.1
+
+
+class Doubled(check.Oracle):
+    """What is right is twice the input."""
+
+    def error(self, result: Any, inputs: Sequence[Tensor]) -> float:
+        values = result if isinstance(result, Tensor) else result[0]
+        return check.relative_error(values, 2 * inputs[0].double())
+
+
+class Clock:
+    def benchmark_gpu(self, fn: Callable[[], object]) -> float:
+        fn()
+        return 0.25
+
+
+@pytest.fixture
+def race(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, Doubled]]:
+    """What autotuning is told of a candidate, and the oracle's notes."""
+    monkeypatch.setattr(check, "benchmarker", Clock())
+
+    def run(compute: Callable[[Tensor], Any], **how: bool) -> tuple[float, Doubled]:
+        oracle = Doubled()
+        x = torch.arange(8).bfloat16()
+        return check.checked_time("number 1", oracle, compute, [x], **how), oracle
+
+    return run
+
+
+Race = Callable[..., tuple[float, Doubled]]
+
+
+@pytest.mark.parametrize("compute", [lambda x: x + x, lambda x: (x + x, x)])
+def test_a_right_result_is_timed(
+    compute: Callable[[Tensor], Any], race: Race, caplog: pytest.LogCaptureFixture
+) -> None:
+    took, oracle = race(compute)
+    assert (took, oracle.timed, oracle.short_of_memory) == (0.25, 1, False)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("factor", "off"), [(1.5, "2.5e-01"), (math.nan, "inf")], ids=["off", "nan"]
+)
+def test_a_wrong_result_takes_forever(
+    factor: float, off: str, race: Race, caplog: pytest.LogCaptureFixture
+) -> None:
+    took, oracle = race(lambda x: (factor * x.float()).to(x.dtype))
+    assert (took, oracle.timed) == (math.inf, 0)
+    assert caplog.messages == [
+        f"number 1 is off by {off} of the largest value, 1.2e-02 is allowed: not a "
+        "candidate; please report it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore"),
+        ValueError("no such tile"),
+    ],
+)
+def test_a_failing_candidate_takes_forever(
+    problem: Exception, race: Race, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise problem
+
+    took, oracle = race(fail)
+    short = isinstance(problem, torch.OutOfMemoryError)
+    assert (took, oracle.timed, oracle.short_of_memory) == (math.inf, 0, short)
+    first_line = str(problem).partition("\n")[0]
+    assert caplog.messages == [f"number 1 is not a candidate: {first_line}"]
+    assert 1e6 < race(fail, last_resort=True)[0] < math.inf
+
+
+def test_what_fails_only_when_it_is_timed_is_out(
+    race: Race, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object, __: object) -> float:
+        raise RuntimeError("launch failed")
+
+    monkeypatch.setattr(Clock, "benchmark_gpu", fail)
+    took, oracle = race(lambda x: x + x)
+    assert (took, oracle.timed) == (math.inf, 0)

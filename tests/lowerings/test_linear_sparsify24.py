@@ -18,7 +18,7 @@ from fake_cuda import compile_cuda, cuda_sources, generate
 from torch import Tensor
 
 from inductor_sparse import formats, lowerings
-from inductor_sparse.lowerings import linear_sparsify24, linear_sparsify24_choices
+from inductor_sparse.lowerings import candidate_check, linear_sparsify24
 from inductor_sparse.lowerings import linear_sparsify24_kernel as hopper
 from inductor_sparse.lowerings.cuda_template import CudaTemplateBuffer
 from inductor_sparse.lowerings.linear_sparsify24_choices import Candidate, Oracle
@@ -221,7 +221,7 @@ def _milliseconds(
     """What autotuning is told of a candidate that packs with ``pack``."""
     candidate = Candidate(tile, [], None, Oracle("relu2"), lambda: None)
     with (
-        patch.object(linear_sparsify24_choices, "benchmarker", _Clock()),
+        patch.object(candidate_check, "benchmarker", _Clock()),
         patch.object(candidate, "_pack", pack),
     ):
         return candidate.benchmark(*inputs, out=inputs[0])

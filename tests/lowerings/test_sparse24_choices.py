@@ -46,48 +46,17 @@ def _no_gpu_to_measure_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             fn()
             return 0.25
 
-    monkeypatch.setattr(sparse24_choices, "benchmarker", Clock())
+    monkeypatch.setattr(candidate_check, "benchmarker", Clock())
     yield
 
 
 def timed(compute: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
     oracle = sparse24_choices.Oracle((False, False))
-    return sparse24_choices.checked_time("candidate", oracle, compute, inputs)
+    return candidate_check.checked_time("candidate", oracle, compute, inputs)
 
 
 def test_a_right_result_is_timed(inputs: tuple[Tensor, ...]) -> None:
     assert timed(op, inputs) == 0.25
-
-
-def test_a_wrong_result_takes_forever(
-    inputs: tuple[Tensor, ...], caplog: pytest.LogCaptureFixture
-) -> None:
-    def wrong(*args: Tensor) -> Tensor:
-        result = op(*args)
-        result[64:128, 8:16] = 0
-        return result
-
-    assert timed(wrong, inputs) == math.inf
-    assert "candidate is off by" in caplog.text
-    assert "not a candidate; please report it" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore"),
-        ValueError("no such tile"),
-    ],
-)
-def test_a_failing_candidate_takes_forever(
-    problem: Exception, inputs: tuple[Tensor, ...], caplog: pytest.LogCaptureFixture
-) -> None:
-    def failing(*args: Tensor) -> Tensor:
-        raise problem
-
-    assert timed(failing, inputs) == math.inf
-    first_line = str(problem).partition("\n")[0]
-    assert caplog.messages == [f"candidate is not a candidate: {first_line}"]
 
 
 def test_an_answer_that_could_not_be_computed_is_tried_again(
@@ -99,9 +68,9 @@ def test_an_answer_that_could_not_be_computed_is_tried_again(
     oracle = sparse24_choices.Oracle((False, False))
     with monkeypatch.context() as short:
         short.setattr(candidate_check, "expected_rows", fail)
-        assert sparse24_choices.checked_time("first", oracle, op, inputs) == math.inf
+        assert candidate_check.checked_time("first", oracle, op, inputs) == math.inf
         assert (oracle.timed, oracle.short_of_memory) == (0, True)
-    assert sparse24_choices.checked_time("second", oracle, op, inputs) == 0.25
+    assert candidate_check.checked_time("second", oracle, op, inputs) == 0.25
     assert oracle.timed == 1
 
 
@@ -244,8 +213,7 @@ def test_the_dense_product_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     offered = choices_of(monkeypatch, 0)
     generate()
-    monkeypatch.setattr(sparse24_choices, "checked_time", lambda *args: math.inf)
-    nothing = torch.empty(0)
+    nothing = torch.empty(0)  # none of them can multiply this
     times = [choice.benchmark(nothing, out=nothing) for choice in offered]
     assert [math.isfinite(time) for time in times[:-2]] == [False] * (len(times) - 2)
     assert 1e6 < times[-2] < math.inf
