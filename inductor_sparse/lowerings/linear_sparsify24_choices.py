@@ -32,9 +32,9 @@ class Oracle(candidate_check.Oracle):
         super().__init__()
         self.activation = activation
 
-    def error(self, packed: tuple[Tensor, Tensor], inputs: Sequence[Tensor]) -> float:
+    def error(self, result: tuple[Tensor, Tensor], inputs: Sequence[Tensor]) -> float:
         """The largest deviation, relative to the largest value; NaN if one is NaN."""
-        values, metadata = packed
+        values, metadata = result
         x, w1, *bias = inputs
         rows = candidate_check.sample_rows(x.shape[0]).to(x.device)
         a_PK = self._activations(x[rows], w1, bias[0] if bias else None)
