@@ -31,13 +31,16 @@ SCHEMAS: dict[str, str] = {
         "Tensor? w_scale=None) -> Tensor"
     ),
     "glu_spmm": (
-        "(Tensor gate, Tensor x, Tensor w_up, Tensor w_down, str activation) -> Tensor"
+        "(Tensor gate, Tensor x, Tensor w_up, Tensor w_down, str activation, "
+        "Tensor? counters=None) -> Tensor"
     ),
     "row_major_weight": (
         "(Tensor weight, SymInt[] size, SymInt[] stride, SymInt storage_offset, "
         "ScalarType dtype) -> Tensor"
     ),
-    "site_counters": "(Tensor anchor, str site) -> Tensor",
+    "site_counters": (
+        "(Tensor anchor, str site, float max_density=1.0, int tokens=1) -> Tensor"
+    ),
     "site_energy": "(Tensor anchor, str site) -> Tensor",
     "sparsify24": (
         "(Tensor x, str activation, str select, Tensor? energy=None) "
@@ -65,7 +68,8 @@ SCHEMAS: dict[str, str] = {
 
 COUNTERS = ("calls", "dense_calls", "kept", "elements")
 """What a kernel counts of its site: its calls, those too dense to skip, and over all of
-them the activations that were not zero and all activations."""
+them the activations that were not zero and all activations.  On a GPU only the latter
+two, of neurons: those that any token of a program needs, and all that there are."""
 
 ENERGY = ("kept", "total")
 """What a kernel that selects 2:4 sums of its site, in float64: the squares of the kept
@@ -101,11 +105,27 @@ def activation_spmm(
     return reference.activation_spmm(z, w, activation, w_scale)
 
 
-def site_counters(anchor: Tensor, site: str) -> Tensor:
+def glu_spmm(
+    gate: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """As :func:`inductor_sparse.reference.glu_spmm`; a GPU adds to ``counters``."""
+    return reference.glu_spmm(gate, x, w_up, w_down, activation)
+
+
+def site_counters(
+    anchor: Tensor, site: str, max_density: float = 1.0, tokens: int = 1
+) -> Tensor:
     """Counters of a site: ``[len(COUNTERS)]`` int64; new ones at every call.
 
-    The kernel for a CPU (:mod:`inductor_sparse.runtime.adaptation`) keeps them.
-    ``anchor`` is any input of the graph: it keeps constant folding away.
+    The kernels for devices (:mod:`inductor_sparse.runtime.adaptation`) keep them.
+    ``anchor`` is any input of the graph on that device: it keeps constant folding away.
+    On a GPU skipping loses if ``tokens`` need more than ``max_density`` of the neurons;
+    a kernel for a CPU knows for itself.
     """
     return anchor.new_zeros(len(COUNTERS), dtype=torch.int64)
 
@@ -248,7 +268,12 @@ def _fake_activation_spmm(
 
 
 def _fake_glu_spmm(
-    gate: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, activation: str
+    gate: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+    counters: Tensor | None = None,
 ) -> Tensor:
     reference.check_glu_spmm(gate, x, w_up, w_down, activation)
     return gate.new_empty(gate.shape[0], w_down.shape[1])
@@ -371,13 +396,13 @@ def _activation_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 
 def _save_glu_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
+    *tensors, ctx.activation, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _glu_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gate, x, w_up, w_down = ctx.saved_tensors
-    need_gate, need_x, need_up, need_down, _ = ctx.needs_input_grad
+    need_gate, need_x, need_up, need_down, *_ = ctx.needs_input_grad
     a_MF = reference.ACTIVATIONS[ctx.activation](gate)
     # Recomputed: the forward did not compute all of it, let alone store it.
     up_MF = x @ w_up.mT
@@ -393,7 +418,7 @@ def _glu_spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_up = grad_up_MF.mT @ x
     if need_down:
         grad_down = (a_MF * up_MF).mT @ grad
-    return grad_gate, grad_x, grad_up, grad_down, None
+    return grad_gate, grad_x, grad_up, grad_down, None, None
 
 
 def _save_row_major_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -450,7 +475,7 @@ _register(
 )
 _register(
     "glu_spmm",
-    reference.glu_spmm,
+    glu_spmm,
     _fake_glu_spmm,
     _glu_spmm_backward,
     _save_glu_spmm,

@@ -22,12 +22,13 @@ import jinja2
 import torch
 from torch import Tensor
 
+from inductor_sparse import ops
 from inductor_sparse.lowerings import activation_spmm_cuda, glu_spmm_cuda
 
 _SPMM = """
 @triton.jit
 def spmm(
-    Z, W, SCALE, PARTIALS, LIST, M, K, N, stride_zm, stride_zk,
+    Z, W, SCALE, COUNTERS, PARTIALS, LIST, M, K, N, stride_zm, stride_zk,
     ACTIVATION: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -38,7 +39,8 @@ def spmm(
     lists = SPLITS * {{TOKENS + 1}} * share_of_list(K, SPLITS, LOCAL)
     LIST += tl.program_id(2) * lists
     sums = sums_of_share(
-        Z, W, {% if SCALED is defined %}SCALE, {% endif %}LIST, split,
+        Z, W, {% if SCALED is defined %}SCALE, {% endif %}
+        {% if COUNTED is defined %}COUNTERS, {% endif %}LIST, split,
         m, n, M, N, K, stride_zm, stride_zk, N,
         ACTIVATION, SPLITS, LOCAL, BN, ROWS, DOT_DTYPE,
     )
@@ -77,16 +79,16 @@ def up(
 
 @functools.cache
 def kernels(
-    folder: Path, tokens: int, dot: bool = False, scaled: bool = False
+    folder: Path, tokens: int, dot: bool = False, *defined: str
 ) -> types.ModuleType:
     """The kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
     head = "import triton\nimport triton.language as tl\n\n\n"
     texts = (glu_spmm_cuda.helper_text() + _UP, activation_spmm_cuda.helper_text())
     options: dict[str, Any] = {"TOKENS": tokens, "DOT": dot}
-    if scaled:
-        options["SCALED"] = True
+    options |= dict.fromkeys(defined, True)
     text = jinja2.Template("\n\n".join(texts) + _SPMM).render(options)
-    path = folder / f"decode_kernels_{os.getpid()}_{tokens}_{dot}_{scaled}.py"
+    name = "_".join(map(str, ("decode_kernels", os.getpid(), tokens, dot, *defined)))
+    path = folder / f"{name}.py"
     path.write_text(head + text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -101,23 +103,26 @@ def run_spmm(
     w: Tensor,
     activation: str,
     w_scale: Tensor | None = None,
+    counters: Tensor | None = None,
     # Numpy multiplies no bfloat16; products of them are exact in float32.
     dot_dtype: str = "float32",
     **tile: int,
 ) -> Tensor:
-    """``act(z) @ w`` in float32."""
+    """``act(z) @ w`` in float32; ``counters`` are of this process, and added to."""
     import triton.language as tl
 
     (M, K), N = z.shape, w.shape[1]
     made = activation_spmm_cuda.Tile(**{**_SMALL, **tile})
     blocks, columns = -(-M // made.TOKENS), -(-N // made.BN)
-    module = kernels(folder, made.TOKENS, made.DOT, w_scale is not None)
+    optional = {"SCALED": w_scale, "COUNTED": counters}
+    defined = [name for name, value in optional.items() if value is not None]
+    module = kernels(folder, made.TOKENS, made.DOT, *defined)
     share = -(-K // (made.SPLITS * made.LOCAL)) * made.LOCAL + made.LOCAL
     listed = torch.full((blocks, made.SPLITS, 1 + made.TOKENS, share), -1)
     partials = torch.full((made.SPLITS, M, N), torch.nan)
     y = torch.full((M, N), torch.nan)
     module.spmm[(columns, made.SPLITS, blocks)](
-        *(z, w, w_scale, partials, listed.int(), M, K, N, *z.stride()),
+        *(z, w, w_scale, counters, partials, listed.int(), M, K, N, *z.stride()),
         ACTIVATION=activation,
         DOT_DTYPE=getattr(tl, dot_dtype),
         **{k: v for k, v in vars(made).items() if k not in _TAKEN},
@@ -157,6 +162,16 @@ _SMALL = {
     "num_warps": 1,
 }
 _SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
+
+
+def count(folder: Path, z: Tensor, w: Tensor, calls: int, **how: Any) -> list[int]:
+    """The counters after some calls; the product is that of a kernel without them."""
+    counters = torch.zeros(len(ops.COUNTERS), dtype=torch.int64)
+    expected = run_spmm(folder, z, w, "relu", **how)
+    for _ in range(calls):
+        y = run_spmm(folder, z, w, "relu", counters=counters, **how)
+        assert torch.equal(y, expected)
+    return counters.tolist()
 
 
 class Interpreter:

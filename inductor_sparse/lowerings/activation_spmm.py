@@ -31,10 +31,10 @@ def tuned_activation_spmm(
     """Lower ``activation_spmm``; a batch becomes the rows of one product."""
     if w_scale is not None:
         if activation_spmm_cuda.takes_scaled(z, w, w_scale):
-            return activation_spmm_cuda.product(z, w, activation, w_scale)
+            return activation_spmm_cuda.product(z, w, activation, counters, w_scale)
         return common.fallback(OP)(z, w, activation, counters, w_scale)
     if activation_spmm_cuda.takes(z, w):
-        return activation_spmm_cuda.product(z, w, activation)
+        return activation_spmm_cuda.product(z, w, activation, counters)
     if not common.has_cpp_kernel(z, w):
         return common.fallback(OP)(z, w, activation)
     if len(z.get_size()) == 2:

@@ -205,11 +205,13 @@ def product(
     z: ir.TensorBox,
     w: ir.TensorBox,
     activation: str,
+    counters: ir.TensorBox | None = None,
     w_scale: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     """``act(z) @ w`` for ``z [M, K]``, or ``[B, M, K]``, and ``w`` likewise.
 
-    With ``w_scale [K]`` the rows of ``w [K, N]`` have 8 bits and a scale each.
+    With ``w_scale [K]`` the rows of ``w [K, N]`` have 8 bits and a scale each.  The
+    first kernel adds to ``counters``, which are :data:`ops.COUNTERS`.
     """
     z, w = realize_inputs(z, w)
     w = common.require_contiguous(w)
@@ -228,6 +230,10 @@ def product(
     if w_scale is not None:
         inputs.append(common.require_contiguous(realize_inputs(w_scale)))
         options = {"DOT_DTYPE": SCALED_DOT_DTYPE, "SCALED": True}
+    if counters is not None:
+        # Not among the mutated: what the runtime keeps is added to, not replaced.
+        inputs.append(realize_inputs(counters))
+        options["COUNTED"] = True
     size = [tile.SPLITS, *batch, M, N]
     partials = choose(
         TEMPLATE,

@@ -23,11 +23,12 @@ def tuned_glu_spmm(
     w_up: ir.TensorBox,
     w_down: ir.TensorBox,
     activation: str,
+    counters: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     """Lower ``glu_spmm``: ``gate [M, F], x [M, D], w_up [F, D], w_down [F, N]``."""
     tensors = (gate, x, w_up, w_down)
     if activation_spmm_cuda.takes(*tensors):
-        return glu_spmm_cuda.product(gate, x, w_up, w_down, activation)
+        return glu_spmm_cuda.product(*tensors, activation, counters)
     if not common.has_cpp_kernel(*tensors):
         return common.fallback(OP)(*tensors, activation)
     inputs = [common.require_contiguous(t) for t in realize_inputs(*tensors)]

@@ -74,8 +74,12 @@ def product(
     w_up: ir.TensorBox,
     w_down: ir.TensorBox,
     activation: str,
+    counters: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
-    """The result ``[M, N]``; shapes as :func:`inductor_sparse.reference.glu_spmm`."""
+    """The result ``[M, N]``; shapes as :func:`inductor_sparse.reference.glu_spmm`.
+
+    The neurons of the down projection are counted: the open gates, but for a few.
+    """
     gate, x, w_up = inputs = realize_inputs(gate, x, w_up)
     M, F = gate.get_size()
     dtype = gate.get_dtype()
@@ -92,4 +96,4 @@ def product(
         num_stages=tile.STAGES,
         **dataclasses.asdict(tile),
     )
-    return activation_spmm_cuda.product(hidden, w_down, "identity")
+    return activation_spmm_cuda.product(hidden, w_down, "identity", counters)

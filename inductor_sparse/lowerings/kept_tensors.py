@@ -20,9 +20,9 @@ OPS = tuple(
 )
 
 
-def lower_kept_tensor(target: torch._ops.OpOverload, *args: Any) -> Any:
+def lower_kept_tensor(target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Lower a call of ``target`` to a call of the op, its results kept out of reuse."""
-    result = common.fallback(target)(*args)
+    result = common.fallback(target)(*args, **kwargs)
     tensors = result if isinstance(result, (list, tuple)) else (result,)
     V.graph.never_reuse_buffers.update(tensor.get_name() for tensor in tensors)
     return result

@@ -183,7 +183,7 @@ def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
         z, _, activation, *_counters = args
         return reference.activation(z, activation)
     if target is _ops.glu_spmm.default:
-        gate_RK, x, w_up, _, activation = args
+        gate_RK, x, w_up, _, activation, *_counters = args
         open_RK = reference.activation(gate_RK, activation)
         # A closed neuron is skipped whatever the other factor holds, NaN included.
         return torch.where(open_RK == 0, 0, open_RK * (x @ w_up.mT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -107,3 +108,40 @@ def test_an_amd_gpu_is_compiled_for(
     assert set(code) == {"spmm", "total", "up"}
     for text in code.values():
         assert re.findall(r"vgpr_spill_count: *(\d+)", text) == ["0"]
+
+
+@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_counting_takes_no_registers(
+    M: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def fn(x: Tensor, z: Tensor, w: Tensor, counted: bool) -> Tensor:
+        counters = OPS.site_counters(x, "site", 0.5, M) if counted else None
+        return OPS.activation_spmm(z, w, "relu2", counters)
+
+    sizes = ((M, 4096), (M, 16384), (16384, 4096))
+    tensors = [meta(*size, dtype=dtype) for size in sizes]
+    kernels = []
+    for counted in (False, True):
+        generated = functools.partial(fn, counted=counted)
+        made = fake_cuda.generate(generated, *tensors)
+        first, *_ = fake_cuda.compile_triton(made, tmp_path).values()
+        assert ("atomic_add" in made.code) == counted
+        kernels.append((first.registers, first.local, first.shared))
+    assert kernels[0] == kernels[1]
+
+
+def test_counters_of_a_gated_product_and_of_8_bit_rows() -> None:
+    def glu(x: Tensor, *operands: Tensor) -> Tensor:
+        return OPS.glu_spmm(*operands, "relu", OPS.site_counters(x, "site"))
+
+    def rows(x: Tensor, z: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        return OPS.activation_spmm(z, w, "relu", OPS.site_counters(x, "site"), scale)
+
+    x = meta(1, 4096)
+    scaled = meta(1, 96), meta(96, 80, dtype=torch.int8), meta(96, dtype=FP32)
+    for fn, operands in ((glu, gated(1, BF16)), (rows, scaled)):
+        made = fake_cuda.generate(fn, x, *operands)
+        kernels = fake_cuda.triton_sources(made.code).values()
+        (counting,) = (text for text in kernels if "atomic_add" in text)
+        assert "'arg_COUNTERS': '*i64'" in counting

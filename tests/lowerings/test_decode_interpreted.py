@@ -97,6 +97,24 @@ def test_zeros_touch_no_weight_and_nan_stays(
     check_spmm(interpret, z, w, "relu", DOT=dot)
 
 
+@pytest.mark.parametrize(("M", "dot"), [(1, 0), (3, 0), (3, 1), (17, 1)])
+def test_the_neurons_that_are_read_are_counted(
+    interpret: Interpreter, M: int, dot: int
+) -> None:
+    torch.manual_seed(M)
+    z, w = sparse(M, 203, density=0.1), torch.randn(203, 77)
+    tokens = TOKENS[M]
+    needed = sum((block > 0).any(0).sum().item() for block in z.split(tokens))
+    how = {"TOKENS": tokens, "DOT": dot, "LOCAL": 16}
+    found = interpret(decode_kernels.count, z, w, calls=2, **how)
+    assert found == [0, 0, 2 * needed, 2 * 203 * -(-M // tokens)]
+
+
+def test_a_repeated_sum_counts_once(interpret: Interpreter) -> None:
+    z, w = torch.eye(2, 40), torch.full((40, 33), torch.inf)
+    assert interpret(decode_kernels.count, z, w, calls=1, TOKENS=2) == [0, 0, 2, 40]
+
+
 def test_strides_of_the_activation(interpret: Interpreter) -> None:
     torch.manual_seed(0)
     check_spmm(interpret, sparse(100, 2).t(), torch.randn(100, 40), "relu")
