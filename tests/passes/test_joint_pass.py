@@ -195,10 +195,12 @@ def test_uuid_tells_apart_what_compiles_differently() -> None:
     assert SparsePass({"strict": False}).uuid() == same
     others = [
         SparsePass({"strict": True}),
-        SparsePass({"strict": False}, demoted={"down:16x8": Reason.TOO_DENSE}),
+        SparsePass({"strict": False}, demoted={}),
+        SparsePass({"strict": False}, demoted={"down:16x8": 4}),
+        SparsePass({"strict": False}, demoted={"down:16x8": 2}),
         SparsePass({"strict": False}, (Recorder(),)),
     ]
-    assert len({same, *(other.uuid() for other in others)}) == 4
+    assert len({same, *(other.uuid() for other in others)}) == 6
 
 
 @pytest.mark.parametrize("user_pass", [Recorder(None), lambda graph: None])
