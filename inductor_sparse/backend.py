@@ -69,12 +69,13 @@ def sparse(
     code = _compat.frame_code() if snapshot["adaptive"] else None
     lowerings.register_all()
     sparse_pass = install_pass(patches, snapshot, gm, example_inputs, code)
-    compiled = compile_fx(
-        gm,
-        list(example_inputs),
-        inner_compile=_inner_compile(snapshot, sparse_pass),
-        config_patches=patches,
-    )
+    with config.patch(ours):  # for the lowerings
+        compiled = compile_fx(
+            gm,
+            list(example_inputs),
+            inner_compile=_inner_compile(snapshot, sparse_pass),
+            config_patches=patches,
+        )
     _announce(sparse_pass, strict=snapshot["strict"])
     compiled = watched(compiled, example_inputs)
     if on_gpu:

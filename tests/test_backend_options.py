@@ -9,7 +9,8 @@ import torch
 from torch._inductor import config as inductor_config
 
 import inductor_sparse
-from inductor_sparse import backend
+from inductor_sparse import backend, config
+from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseOptionError, SparsePlanError
 from inductor_sparse.passes.joint_pass import SparsePass
 
@@ -92,3 +93,18 @@ def test_freezing_as_an_option_is_said_to_do_nothing(
         backend._warn_about_freezing({"freezing": True})
     backend._warn_about_freezing({})
     assert caplog.text == ""
+
+
+def test_lowerings_see_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def compile_fx(*args: Any, **kwargs: Any) -> Any:
+        seen.append(config.allow_unverified)
+        kwargs["config_patches"][SLOT].graphs.append(GraphDecisions("none"))
+        return lambda *inputs: inputs
+
+    monkeypatch.setattr(backend, "compile_fx", compile_fx)
+    graph = torch.fx.symbolic_trace(lambda x: x)
+    backend.sparse(graph, [], options={"sparse.allow_unverified": True})
+    backend.sparse(graph, [])
+    assert seen == [True, False]
