@@ -75,8 +75,8 @@ def _matmul(device: str, dtype: str, seconds: float) -> float:
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device) for _ in "ab")
     if dtype == "float8_e4m3fn":
-        quantized = (*_fp8(a), *_fp8(b))
-        calls = {"matmul": lambda _: scaled_mm(*quantized)}
+        (a, a_scale), (b, b_scale) = _fp8(a), _fp8(b)
+        calls = {"matmul": lambda _: scaled_mm(a, b, a_scale, b_scale)}
     else:
         a, b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
         calls = {"matmul": lambda _: torch.mm(a, b.t())}
@@ -92,7 +92,7 @@ def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_mm(
-    x_MK: Tensor, x_scale_M: Tensor, w_NK: Tensor, w_scale_N: Tensor
+    x_MK: Tensor, w_NK: Tensor, x_scale_M: Tensor, w_scale_N: Tensor
 ) -> Tensor:
     """Torch's own fp8 product with a scale per row of either side, bfloat16 out."""
     return torch._scaled_mm(

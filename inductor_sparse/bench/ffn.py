@@ -1,9 +1,9 @@
 """``bench ffn``: the FFN sites, dense against sparse, over a grid of sizes.
 
 For each model and number of tokens the dense side is compiled under every Inductor
-setting and the fastest is kept as the baseline.  For each density the sparse side is
-compiled anew (it may adapt to what it sees), its fastest setting is kept, and the two
-are timed alternately on rotating inputs.
+setting and the fastest is kept as the baseline.  So is the sparse side: for each
+density anew where it adapts to what it sees, else once.  The two are timed alternately
+on rotating inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from inductor_sparse.bench.models import (
     measured_density,
     parts,
 )
-from inductor_sparse.bench.quantized import quantized
+from inductor_sparse.bench.quantized import by_torchao, quantized
 from inductor_sparse.bench.rows import Row, machine
 from inductor_sparse.bench.timing import Call, Evictor, interleave, screen_us
 from inductor_sparse.bench.variants import (
@@ -139,20 +139,32 @@ def _rows(
     layers = models if stacked else models[:1]
     evict = Evictor(len(layers) * case.weight_bytes, case.device)
     bench = _Bench(sweep, case, layers, tokens, evict, report)
-    dense, dense_all = bench.fastest("inductor", bench.inputs(densities[0]))
+    first = bench.inputs(densities[0])
+    dense = bench.fastest("inductor", first)
+    rivals = roofline.rivals(case, layers, first)
+    sparse: _Fastest | None = None
     for density in densities:
         inputs = bench.inputs(density)
-        sparse, sparse_all = bench.fastest("sparse", inputs)
+        if sparse is not None and bench.adapts:
+            sparse.variant.close()
+            sparse = None
+        sparse = sparse or bench.fastest("sparse", inputs)
         report(f"{bench.label}: timing at density {density:g}")
-        row = bench.compare(dense, sparse, inputs)
-        sparse.close()
+        row = bench.compare(dense, sparse, inputs, rivals)
         row["density"] = density
         single = [one for x in inputs for one in parts(x)]
         row["density_measured"] = measured_density(bench.model, single)
-        row["dense_candidates_us"] = dense_all
-        row["sparse_candidates_us"] = sparse_all
-        row |= roofline.fields(case, bench.model, single, row)
-        yield row
+        yield row | roofline.fields(case, bench.model, single, row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fastest:
+    """The best candidate of one side by its ``name``; the ``medians`` of all, in us."""
+
+    name: str
+    variant: Variant
+    medians: dict[str, float]
+    compile_s: float = 0.0
 
 
 @dataclasses.dataclass
@@ -165,7 +177,6 @@ class _Bench:
     tokens: int
     evict: Evictor
     report: Report
-    compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -179,9 +190,31 @@ class _Bench:
         """The model that stands for all."""
         return self.models[0]
 
-    def _whole(self, quantize: str) -> nn.Module:
-        """What is compiled."""
-        models = [quantized(model, quantize) for model in self.models]
+    @property
+    def adapts(self) -> bool:
+        """Whether the sparse side may compile to something else for other data.
+
+        By a plan, or because it watches its inputs.  With many tokens on a GPU it looks
+        at shapes alone.
+        """
+        gpu = self.case.device == "cuda" and self.tokens > DECODE_TOKENS
+        return self.case.calibrated or not gpu
+
+    def _forms(self, backend: str) -> dict[str, nn.Module]:
+        """What one side may compile, by a prefix for the names of the settings."""
+        if backend == "sparse":
+            return {"": self._whole(self.models)}
+        narrow = [quantized(model, self.case.quantize) for model in self.models]
+        forms = {"": self._whole(narrow)}
+        if self.case.quantize == "fp8":
+            theirs = [one for one in map(by_torchao, self.models) if one is not None]
+            if len(theirs) == len(self.models):
+                forms["torchao, "] = self._whole(theirs)
+        return forms
+
+    @staticmethod
+    def _whole(models: Sequence[nn.Module]) -> nn.Module:
+        """What is compiled: a model, or all of them in turn."""
         return models[0] if len(models) == 1 else Stack(models)
 
     def _sparse_options(self, inputs: list[Input]) -> dict[str, Any]:
@@ -194,45 +227,50 @@ class _Bench:
         if self.case.calibrated:
             # Overwritten by every row: a plan is read while its graph is compiled.
             path = Path(tempfile.gettempdir(), f"inductor_sparse_bench_{os.getpid()}")
-            save_plan(self._whole("none"), inputs[:1], path)
+            save_plan(self._whole(self.models), inputs[:1], path)
             options["sparse.plan"] = str(path)
         return options
 
     def inputs(self, density: float) -> list[Input]:
         """Fresh inputs to rotate: many where a call is short, few where it is long."""
-        short = self.tokens <= DECODE_TOKENS and len(self.models) == 1
+        if len(self.models) > 1:
+            number = 4
+        elif self.tokens <= DECODE_TOKENS:
+            number = 16
+        else:
+            number = 2 if self.case.device == "cuda" else 4
         seeds = itertools.count(1)
 
         def make(_: object) -> Tensor:
             return self.case.make_input(self.tokens, density, next(seeds))
 
         if len(self.models) == 1:
-            return [make(turn) for turn in range(16 if short else 4)]
-        return [tuple(map(make, self.models)) for _ in range(4)]
+            return [make(turn) for turn in range(number)]
+        return [tuple(map(make, self.models)) for _ in range(number)]
 
-    def fastest(
-        self, backend: str, inputs: list[Input]
-    ) -> tuple[Variant, dict[str, float]]:
-        """The fastest setting of one backend; the median of each in microseconds."""
-        sparse = backend == "sparse"
-        model = self._whole("none" if sparse else self.case.quantize)
-        options = self._sparse_options(inputs) if sparse else None
-        best: Variant | None = None
+    def fastest(self, backend: str, inputs: list[Input]) -> _Fastest:
+        """The fastest candidate of one side."""
+        options = self._sparse_options(inputs) if backend == "sparse" else None
+        best: _Fastest | None = None
         medians: dict[str, float] = {}
-        self.compile_s[backend] = 0.0
-        for setting in self.sweep.settings:
-            self.report(f"{self.label}: compiling {backend}, {setting.name}")
+        compile_s = 0.0
+        candidates = itertools.product(
+            self._forms(backend).items(), self.sweep.settings
+        )
+        for (prefix, model), setting in candidates:
+            name = f"{prefix}{setting.name}"
+            self.report(f"{self.label}: compiling {backend}, {name}")
             variant = compile_variant(model, backend, setting, inputs, options)
-            self.compile_s[backend] += variant.compile_s
-            medians[setting.name] = self.screen(variant, inputs)
-            if best is not None and medians[best.setting.name] <= medians[setting.name]:
-                variant.close()
-                continue
-            if best is not None:
-                best.close()
-            best = variant
+            compile_s += variant.compile_s
+            medians[name] = self.screen(variant, inputs)
+            loser: Variant | None = variant
+            if best is None or medians[name] < medians[best.name]:
+                loser = None if best is None else best.variant
+                best = _Fastest(name, variant, medians)
+            if loser is not None:
+                loser.close()
         assert best is not None, "a sweep has at least one setting"
-        return best, medians
+        return dataclasses.replace(best, compile_s=compile_s)
 
     def screen(self, variant: Variant, inputs: list[Input]) -> float:
         """A quick median of one candidate in microseconds."""
@@ -246,28 +284,36 @@ class _Bench:
             )
         return us / len(self.models)
 
-    def compare(self, dense: Variant, sparse: Variant, inputs: list[Input]) -> Row:
-        """Time both variants alternately and describe the outcome."""
-        rivals = roofline.rivals(self.case, self.models, inputs)
-        times = self._settled_times(dense, sparse, inputs, rivals)
-        ratio = paired_ratio(times["dense"], times["sparse"])
-        status, reason = sparse.status()
+    def compare(
+        self,
+        dense: _Fastest,
+        sparse: _Fastest,
+        inputs: list[Input],
+        rivals: Mapping[str, roofline.Rival],
+    ) -> Row:
+        """Time both sides and the rivals alternately, and describe the outcome."""
+        others = {name: rival(inputs) for name, rival in rivals.items()}
+        times = self._settled_times(dense.variant, sparse.variant, inputs, others)
+        us = {name: median(times[name]) / len(self.models) for name in times}
+        status, reason = sparse.variant.status()
         return {
             **dataclasses.asdict(self.case),
             "tokens": self.tokens,
-            "dense_us": median(times["dense"]) / len(self.models),
-            "sparse_us": median(times["sparse"]) / len(self.models),
-            **ratio_fields(ratio),
-            **self._numerics(dense, sparse, inputs[0]),
-            "baseline": dense.setting.name,
-            "sparse_setting": sparse.setting.name,
+            "dense_us": us["dense"],
+            "sparse_us": us["sparse"],
+            **ratio_fields(paired_ratio(times["dense"], times["sparse"])),
+            **self._numerics(dense.variant, sparse.variant, inputs[0]),
+            "baseline": dense.name,
+            "sparse_setting": sparse.name,
+            "dense_candidates_us": dense.medians,
+            "sparse_candidates_us": sparse.medians,
             "status": status,
             "reason": reason,
-            **_applied(sparse.last_graph),
-            **{f"{n}_us": median(times[n]) / len(self.models) for n in rivals},
+            **_applied(sparse.variant.last_graph),
+            **{f"{name}_us": us[name] for name in others},
             "stacked": len(self.models),
-            "dense_compile_s": self.compile_s.get("inductor", 0.0),
-            "sparse_compile_s": self.compile_s.get("sparse", 0.0),
+            "dense_compile_s": dense.compile_s,
+            "sparse_compile_s": sparse.compile_s,
             "rounds": len(times["dense"]),
             "cache": self.evict.mode,
             **machine(self.case.device),
@@ -276,17 +322,17 @@ class _Bench:
     def _numerics(self, dense: Variant, sparse: Variant, given: Input) -> Row:
         """Errors of both sides against float64, and what 2:4 dropped if it was used."""
         x = parts(given)[0]
-        largest, rms = errors(self.model, x, parts(sparse.call(given))[0])
-        dense_largest, dense_rms = errors(self.model, x, parts(dense.call(given))[0])
+        results = (parts(side.call(given))[0] for side in (sparse, dense))
+        mine, theirs = errors(self.model, x, *results)
         graph = sparse.last_graph
         approximate = graph is not None and any(
             decision.tier is Tier.APPROXIMATE for decision in graph.applied
         )
         return {
-            "max_rel_err": largest,
-            "rms_rel_err": rms,
-            "dense_max_rel_err": dense_largest,
-            "dense_rms_rel_err": dense_rms,
+            "max_rel_err": mine[0],
+            "rms_rel_err": mine[1],
+            "dense_max_rel_err": theirs[0],
+            "dense_rms_rel_err": theirs[1],
             "dropped_energy": dropped_energy(self.model, x) if approximate else 0.0,
         }
 

@@ -6,12 +6,14 @@ is what they would multiply; their speed depends on it, as zeros take less power
 
 TFLOP/s count the dense product, ``2 M N K``, for every side.
 
-Shape legend: ``M`` tokens, ``K`` hidden features, ``N`` output features.
+Shape legend: ``M`` tokens, ``K`` hidden features, ``N`` output features, ``P`` rows
+that are checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -21,10 +23,11 @@ from inductor_sparse import formats, reference
 from inductor_sparse.bench import ceilings, trained
 from inductor_sparse.bench.ffn import ratio_fields
 from inductor_sparse.bench.intervals import median, paired_ratio
-from inductor_sparse.bench.models import DTYPES, activate, relative_errors
+from inductor_sparse.bench.models import DTYPES, activate, relative_errors, sample
 from inductor_sparse.bench.quantized import quantize_rows
 from inductor_sparse.bench.rivals import (
     RIVALS,
+    Product,
     Rival,
     RivalUnavailableError,
     ours,
@@ -32,15 +35,16 @@ from inductor_sparse.bench.rivals import (
 from inductor_sparse.bench.roofline import MEMORY_BOUND_TOKENS
 from inductor_sparse.bench.rows import Row, machine
 from inductor_sparse.bench.timing import Evictor, interleave
+from inductor_sparse.bench.variants import release
 
 Report = Callable[[str], object]
 GEMM_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 ROWS_PACKED = 2048
 """Rows packed at a time (of 64, as metadata are): packing in eager torch needs several
 times the memory of what it packs."""
-ROWS_CHECKED = 256
 WRONG = 0.05
 """A side whose largest relative error is above this computes something else."""
+LEFT_OUT = "left out by --quick"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,11 @@ class GemmCase:
     def key(self) -> tuple[object, ...]:
         """The :func:`row_key` of its row."""
         return ("gemm", *dataclasses.astuple(self))
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What a kernel is compiled for: all but the data."""
+        return (self.tokens, self.hidden, self.features, self.dtype, self.device)
 
     @property
     def flop(self) -> int:
@@ -126,6 +135,13 @@ class Operands:
     col_scale_N: Tensor | None
 
     @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """The scales of rows and of columns, or nothing."""
+        if self.row_scale_M is None or self.col_scale_N is None:
+            return ()
+        return self.row_scale_M, self.col_scale_N
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a dense side reads."""
         return self.activation_MK.nbytes + self.weight_NK.nbytes
@@ -179,6 +195,9 @@ def run(
 ) -> Iterator[Row]:
     """Measure each case for ``seconds``, yielding rows as they are known.
 
+    Neighbouring cases of one shape share what was compiled, autotuned or searched for
+    it: that does not depend on the data.
+
     Args:
         todo: the cases.
         seconds: timing budget of a row; autotuning comes on top.
@@ -186,41 +205,61 @@ def run(
         report: told in a few words what is going on.
 
     Raises:
-        RivalUnavailableError: our own side cannot run.
+        RivalUnavailableError: our own side cannot run, or no dense one.
     """
-    for case in todo:
-        report(f"{case.label}: preparing")
-        yield _measure(case, seconds, quick, report)
+    for _, group in itertools.groupby(todo, key=lambda case: case.shape):
+        sides: Sides | None = None
+        for case in group:
+            report(f"{case.label}: preparing")
+            operands = make_operands(case)
+            sides = sides or _prepare(case, operands, quick, report)
+            report(f"{case.label}: timing")
+            yield _measure(case, operands, sides, seconds)
+        release()
 
 
-def _measure(case: GemmCase, seconds: float, quick: bool, report: Report) -> Row:
-    """One row."""
-    operands = make_operands(case)
-    sides = {"sparse24_mm": ours(operands, autotune=not quick)}
-    unavailable: dict[str, str] = {}
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What can multiply one shape, and why the others cannot."""
+
+    able: dict[str, Rival]
+    unavailable: dict[str, str]
+
+
+def _prepare(case: GemmCase, operands: Operands, quick: bool, report: Report) -> Sides:
+    """Compile, autotune and search."""
+    sides = Sides({"sparse24_mm": ours(operands, autotune=not quick)}, {})
     for name, make in RIVALS.items():
         report(f"{case.label}: preparing {name}")
         try:
             if quick and make.autotunes:
-                raise RivalUnavailableError("left out by --quick")
-            sides[name] = make.build(operands)
+                raise RivalUnavailableError(LEFT_OUT)
+            sides.able[name] = make.build(operands)
         except RivalUnavailableError as error:
-            unavailable[name] = str(error)
-    found = {name: _check(side, operands) for name, side in sides.items()}
-    for name, (largest, _) in found.items():
-        if largest > WRONG:
-            unavailable[name] = f"computes something else: relative error {largest:.2g}"
-            del sides[name]
-    if "sparse24_mm" in unavailable:
-        raise RivalUnavailableError(f"{case.label}: {unavailable['sparse24_mm']}")
-    report(f"{case.label}: timing")
+            sides.unavailable[name] = str(error)
+    return sides
+
+
+def _measure(case: GemmCase, operands: Operands, sides: Sides, seconds: float) -> Row:
+    """One row."""
+    calls = {name: side.bind(operands) for name, side in sides.able.items()}
+    found = _errors(operands, sides.able, calls)
+    wrong = {
+        name: f"computes something else: relative error {largest:.2g}"
+        for name, (largest, _) in found.items()
+        if largest > WRONG
+    }
+    if "sparse24_mm" in wrong:
+        raise RivalUnavailableError(f"{case.label}: {wrong['sparse24_mm']}")
+    able = {name: side for name, side in sides.able.items() if name not in wrong}
     times = interleave(
-        {name: side.call for name, side in sides.items()},
+        {name: calls[name] for name in able},
         seconds=seconds,
         device=case.device,
         before=_evictor(case, operands).before,
     )
-    return _describe(case, operands, sides, times, found) | {"unavailable": unavailable}
+    row = _describe(case, operands, able, times, found)
+    return row | {"unavailable": sides.unavailable | wrong}
 
 
 def _evictor(case: GemmCase, operands: Operands) -> Evictor:
@@ -229,16 +268,27 @@ def _evictor(case: GemmCase, operands: Operands) -> Evictor:
     return Evictor(operands.nbytes if bound_by_memory else 2**62, case.device)
 
 
-def _check(side: Rival, operands: Operands) -> tuple[float, float]:
-    """Errors of a side against the float64 product of what it was given."""
-    with torch.no_grad():
-        result_MN = side.call(0)[:ROWS_CHECKED]
-        given_MK = operands.pruned_MK if side.sparse else operands.activation_MK
-        expected_MN = given_MK[:ROWS_CHECKED].double() @ operands.weight_NK.double().t()
-        scales = operands.row_scale_M, operands.col_scale_N
-        if side.scaled and scales[0] is not None and scales[1] is not None:
-            expected_MN *= scales[0][:ROWS_CHECKED, None] * scales[1][None, :]
-        return relative_errors(result_MN, expected_MN)
+def _errors(
+    operands: Operands, sides: dict[str, Rival], calls: dict[str, Product]
+) -> dict[str, tuple[float, float]]:
+    """Errors of each side against the float64 product of what it was given."""
+    weight_KN = operands.weight_NK.double().t()
+    dense_PN, sparse_PN = (
+        sample(given).double() @ weight_KN
+        for given in (operands.activation_MK, operands.pruned_MK)
+    )
+    scale_PN: Tensor | float = 1.0
+    if operands.scales:
+        row_scale_M, col_scale_N = operands.scales
+        scale_PN = sample(row_scale_M)[:, None] * col_scale_N
+    found = {}
+    for name, side in sides.items():
+        expected_PN = sparse_PN if side.sparse else dense_PN
+        if side.scaled:
+            expected_PN = expected_PN * scale_PN
+        with torch.no_grad():
+            found[name] = relative_errors(sample(calls[name](0)), expected_PN)
+    return found
 
 
 def _describe(

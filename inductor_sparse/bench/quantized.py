@@ -1,13 +1,19 @@
 """The dense 8-bit FFN to beat: row-wise scales, torch's own 8-bit matmuls.
 
 Written as eager torch and compiled like any other baseline, so that Inductor fuses the
-quantization into what comes before it.
+quantization into what comes before it; and the same as torchao writes it.
 
 Shape legend: ``M`` tokens, ``D`` features, ``F`` hidden features, ``K`` reduction,
 ``N`` outputs.
 """
 
 from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,3 +98,26 @@ def quantized(model: Model, quantize: str) -> Model | QuantizedFFN:
     if quantize == "none":
         return model
     return QuantizedFFN(model, QUANTIZED[quantize]).eval()
+
+
+def by_torchao(model: Model) -> nn.Module | None:
+    """The model with torchao's dynamic fp8 linear layers, row-wise on both sides.
+
+    ``None`` without torchao, or where that refuses: it needs a GPU of sm_89 or later
+    and weights in bfloat16.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        return None
+    narrow = copy.deepcopy(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            api: Any = importlib.import_module("torchao.quantization")
+            # Left alone, it would change Inductor's settings for every later graph.
+            config = api.Float8DynamicActivationFloat8WeightConfig(
+                granularity=api.PerRow(), set_inductor_config=False
+            )
+            api.quantize_(narrow, config)
+    except (ImportError, AttributeError, AssertionError, RuntimeError):
+        return None
+    return narrow

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import lowerings
-from inductor_sparse.bench import cuda_timing
+from inductor_sparse.bench import ceilings, cuda_timing
 from inductor_sparse.bench.intervals import median
 from inductor_sparse.bench.timing import interleave
-from inductor_sparse.bench.variants import SETTINGS, compiling
+from inductor_sparse.bench.variants import SETTINGS, compiling, with_own_code
 from inductor_sparse.errors import SparseError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _DEFAULT, _, _AUTOTUNED, _ = SETTINGS
 FINALISTS, FINAL_ROUNDS = 6, 5
 PROBE = 128
+Product = Callable[[int], Tensor]
+"""Multiplies, whatever the number of the round."""
 ALGORITHMS = 64
 """cuSPARSELt algorithms tried at most; their number is not told, the last one fails."""
 
@@ -40,14 +42,15 @@ class RivalUnavailableError(SparseError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """One side: ``call`` ignores its argument and returns ``[M, N]``.
+    """One side: ``bind`` brings operands into its form.
 
-    ``sparse`` tells whether it computes the product after 2:4, ``scaled`` whether its
-    8-bit result has the scales in it; ``prepare_s`` is the time of compilation,
-    autotuning or algorithm search, ``note`` what they chose.
+    What a call then returns is ``[M, N]``.  ``sparse`` tells whether that is the
+    product after 2:4, ``scaled`` whether in 8 bits it has the scales in it;
+    ``prepare_s`` is the time of compilation, autotuning or algorithm search, ``note``
+    what they chose.
     """
 
-    call: Callable[[int], Tensor]
+    bind: Callable[[Operands], Product]
     sparse: bool
     scaled: bool = True
     prepare_s: float = 0.0
@@ -56,7 +59,10 @@ class Rival:
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """How to build a side; ``autotunes`` if that compiles kernels to choose from."""
+    """How to build a side for the shapes of operands, which it must not keep.
+
+    ``autotunes`` if that compiles kernels to choose from.
+    """
 
     build: Callable[[Operands], Rival]
     autotunes: bool = False
@@ -68,39 +74,52 @@ def ours(operands: Operands, autotune: bool) -> Rival:
     lowerings.register_all()
     op = torch.ops.inductor_sparse.sparse24_mm
 
-    def product(values: Tensor, metadata: Tensor, weight_NK: Tensor) -> Tensor:
-        scales = (operands.row_scale_M, operands.col_scale_N)
+    def product(
+        values: Tensor, metadata: Tensor, weight_NK: Tensor, *scales: Tensor
+    ) -> Tensor:
         return op(values, metadata, weight_NK.t(), *scales)
 
-    given = (operands.values, operands.metadata, operands.weight_NK)
-    return _compiled(product, given, autotune=autotune, sparse=True)
+    def given(o: Operands) -> tuple[Tensor, ...]:
+        return (o.values, o.metadata, o.weight_NK, *o.scales)
+
+    return _compiled(product, given, operands, autotune=autotune, sparse=True)
 
 
 def _compiled(
     function: Callable[..., Tensor],
-    given: tuple[Tensor, ...],
+    given: Callable[[Operands], tuple[Tensor, ...]],
+    operands: Operands,
     *,
     autotune: bool,
     sparse: bool,
 ) -> Rival:
-    """A function compiled for the given tensors; the note names the kernels it runs."""
+    """A function compiled for the shapes of what it is ``given`` of the operands.
+
+    The note names the kernels it runs.
+    """
     from torch._inductor.utils import run_and_get_code
 
     setting = _AUTOTUNED if autotune else _DEFAULT
-    options = setting.options(given[0].device.type)
+    options = setting.options(operands.weight_NK.device.type)
+    # Dynamo counts how often one code object is compiled, and gives up on it.
+    own = with_own_code(function, function.__name__)
     start = time.perf_counter()
     with torch.no_grad(), compiling(setting):
-        torch.compiler.reset()
-        compiled = torch.compile(function, dynamic=False, options=options)
-        _, sources = run_and_get_code(compiled, *given)
-
-    def call(_: int) -> Tensor:
-        with torch.no_grad():
-            return compiled(*given)
-
+        compiled = torch.compile(own, dynamic=False, options=options)
+        _, sources = run_and_get_code(compiled, *given(operands))
     seconds = time.perf_counter() - start
+
+    def bind(o: Operands) -> Product:
+        tensors = given(o)
+
+        def call(_: int) -> Tensor:
+            with torch.no_grad():
+                return compiled(*tensors)
+
+        return call
+
     note = kernels_of("\n".join(sources))
-    return Rival(call, sparse, prepare_s=seconds, note=note)
+    return Rival(bind, sparse, prepare_s=seconds, note=note)
 
 
 def kernels_of(source: str) -> str:
@@ -115,52 +134,57 @@ def kernels_of(source: str) -> str:
 
 def torch_mm(operands: Operands) -> Rival:
     """``torch.mm`` of the dense activation: cuBLAS on a GPU."""
-    if operands.row_scale_M is not None:
+    if operands.scales:
         raise RivalUnavailableError("torch.mm has no scales")
-    a_MK, b_KN = operands.activation_MK, operands.weight_NK.t()
-    return Rival(lambda _: torch.mm(a_MK, b_KN), sparse=False)
+
+    def bind(o: Operands) -> Product:
+        a_MK, b_KN = o.activation_MK, o.weight_NK.t()
+        return lambda _: torch.mm(a_MK, b_KN)
+
+    return Rival(bind, sparse=False)
 
 
 def compiled_mm(operands: Operands) -> Rival:
-    """``torch.compile`` with max-autotune: cuBLAS or Triton."""
-    if operands.row_scale_M is not None:
-        raise RivalUnavailableError("torch.mm has no scales")
+    """``torch.compile`` with max-autotune: cuBLAS or Triton, in fp8 with scales."""
+    if operands.scales:
+        _need_dtype(operands, torch.float8_e4m3fn)
+        _need_cuda(operands)
+        return _compiled(
+            ceilings.scaled_mm, _dense, operands, autotune=True, sparse=False
+        )
 
     def product(a_MK: Tensor, w_NK: Tensor) -> Tensor:
         return torch.mm(a_MK, w_NK.t())
 
-    given = (operands.activation_MK, operands.weight_NK)
-    return _compiled(product, given, autotune=True, sparse=False)
+    return _compiled(product, _dense, operands, autotune=True, sparse=False)
 
 
 def scaled_mm(operands: Operands) -> Rival:
     """``torch._scaled_mm`` with a scale per row and fast accumulation."""
-    from inductor_sparse.bench import ceilings
-
-    row_scale_M, col_scale_N = operands.row_scale_M, operands.col_scale_N
-    fp8 = operands.activation_MK.dtype is torch.float8_e4m3fn
-    if not fp8 or row_scale_M is None or col_scale_N is None:
-        raise RivalUnavailableError("for float8_e4m3fn only")
+    _need_dtype(operands, torch.float8_e4m3fn)
     _need_cuda(operands)
-    a_MK, w_NK = operands.activation_MK, operands.weight_NK
-    return Rival(
-        lambda _: ceilings.scaled_mm(a_MK, row_scale_M, w_NK, col_scale_N), sparse=False
-    )
+
+    def bind(o: Operands) -> Product:
+        given = _dense(o)
+        return lambda _: ceilings.scaled_mm(*given)
+
+    return Rival(bind, sparse=False)
 
 
 def int_mm(operands: Operands) -> Rival:
     """``torch._int_mm``, then the scales in one compiled kernel or its epilogue."""
-    if operands.activation_MK.dtype is not torch.int8:
-        raise RivalUnavailableError("for int8 only")
-    row_scale_M, col_scale_N = operands.row_scale_M, operands.col_scale_N
+    _need_dtype(operands, torch.int8)
 
     def product(a_MK: Tensor, w_NK: Tensor, rows_M: Tensor, cols_N: Tensor) -> Tensor:
         scaled = torch._int_mm(a_MK, w_NK.t()).float() * rows_M[:, None] * cols_N
         return scaled.to(torch.bfloat16)
 
-    assert row_scale_M is not None and col_scale_N is not None, "int8 has scales"
-    given = (operands.activation_MK, operands.weight_NK, row_scale_M, col_scale_N)
-    return _compiled(product, given, autotune=False, sparse=False)
+    return _compiled(product, _dense, operands, autotune=False, sparse=False)
+
+
+def _dense(operands: Operands) -> tuple[Tensor, ...]:
+    """What a dense product is given: both operands, and both scales if there are."""
+    return (operands.activation_MK, operands.weight_NK, *operands.scales)
 
 
 def cusparselt(operands: Operands) -> Rival:
@@ -171,47 +195,46 @@ def cusparselt(operands: Operands) -> Rival:
     _need_cuda(operands)
     if not torch.backends.cusparselt.is_available():
         raise RivalUnavailableError("this torch has no cuSPARSELt")
-    out_dtype = torch.bfloat16 if operands.row_scale_M is not None else None
-    start = time.perf_counter()
-    try:
-        packed = torch._cslt_compress(operands.pruned_MK)
-    except RuntimeError as error:
-        raise RivalUnavailableError(_first_line(error)) from error
-    b_KN = operands.weight_NK.t()
+    out_dtype = torch.bfloat16 if operands.scales else None
 
-    def call(_: int, algorithm: int = 0) -> Tensor:
-        return torch._cslt_sparse_mm(
+    def numbered(o: Operands) -> Callable[[int], Tensor]:
+        packed, b_KN = torch._cslt_compress(o.pruned_MK), o.weight_NK.t()
+        return lambda algorithm: torch._cslt_sparse_mm(
             packed, b_KN, out_dtype=out_dtype, alg_id=algorithm
         )
 
-    best = _fastest_algorithm(call)
-    note = f"algorithm {best}, version {torch.backends.cusparselt.version()}"
+    start = time.perf_counter()
+    try:
+        best = _fastest_algorithm(numbered(operands))
+    except RuntimeError as error:
+        raise RivalUnavailableError(_first_line(error)) from error
     seconds = time.perf_counter() - start
-    return Rival(
-        lambda i: call(i, best),
-        sparse=True,
-        scaled=out_dtype is None,
-        prepare_s=seconds,
-        note=note,
-    )
+
+    def bind(o: Operands) -> Product:
+        product = numbered(o)
+        return lambda _: product(best)
+
+    note = f"algorithm {best}, version {torch.backends.cusparselt.version()}"
+    scaled = out_dtype is None
+    return Rival(bind, sparse=True, scaled=scaled, prepare_s=seconds, note=note)
 
 
-def _fastest_algorithm(call: Callable[[int, int], Tensor]) -> int:
-    """The number of the fastest algorithm that runs.
+def _fastest_algorithm(product: Callable[[int], Tensor]) -> int:
+    """The number of the fastest algorithm that runs, by the time of the device.
 
     Raises:
-        RivalUnavailableError: not even the first one runs.
+        RuntimeError: not even the first one runs.
     """
     times: dict[int, float] = {}
     for algorithm in range(ALGORITHMS):
         try:
-            times[algorithm] = cuda_timing.glance_us(lambda i, a=algorithm: call(i, a))
-        except RuntimeError as error:
+            times[algorithm] = cuda_timing.glance_us(lambda _, a=algorithm: product(a))
+        except RuntimeError:
             if not times:
-                raise RivalUnavailableError(_first_line(error)) from error
+                raise
             break
     finalists = sorted(times, key=lambda algorithm: times[algorithm])[:FINALISTS]
-    calls = {str(a): lambda i, a=a: call(i, a) for a in finalists}
+    calls = {str(a): lambda _, a=a: product(a) for a in finalists}
     close = interleave(calls, seconds=0, device="cuda", min_rounds=FINAL_ROUNDS)
     return min(finalists, key=lambda algorithm: median(close[str(algorithm)]))
 
@@ -221,48 +244,56 @@ def core_cutlass(operands: Operands) -> Rival:
     _need_cuda(operands)
     from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-    def call_of(pruned_MK: Tensor, weight_NK: Tensor) -> Callable[[int], Tensor]:
-        packed: Any = SparseSemiStructuredTensorCUTLASS.from_dense(pruned_MK)
+    def call_of(pruned_MK: Tensor, weight_NK: Tensor) -> Product:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            packed: Any = SparseSemiStructuredTensorCUTLASS.from_dense(pruned_MK)
         values, metadata, b_KN = packed.packed, packed.meta, weight_NK.t()
         return lambda _: torch._sparse_semi_structured_mm(values, metadata, b_KN)
 
-    pruned_MK, weight_NK = operands.pruned_MK, operands.weight_NK
-    small = (pruned_MK[:PROBE, :PROBE], weight_NK[:PROBE, :PROBE])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Packing a large operand takes time and memory, a refusal neither.
-            call_of(*(side.contiguous() for side in small))(0)
-            call = call_of(pruned_MK, weight_NK)
-        call(0)
-    except (RuntimeError, NotImplementedError) as error:
-        raise RivalUnavailableError(_first_line(error)) from error
-    return Rival(call, sparse=True)
+    probe = [
+        whole[:PROBE, :PROBE].contiguous()
+        for whole in (operands.pruned_MK, operands.weight_NK)
+    ]
+    # Packing a large operand takes time and memory, a refusal neither.
+    _try(lambda: call_of(*probe)(0))
+    return Rival(lambda o: call_of(o.pruned_MK, o.weight_NK), sparse=True)
 
 
 def torchao(operands: Operands) -> Rival:
-    """torchao's CUTLASS kernel for fp8, transposed: the sparse side is its weight."""
+    """torchao's CUTLASS kernel for fp8, transposed: the sparse side is its weight.
+
+    Its kernels for sparse activations were deleted in January 2026 (pytorch/ao #3726).
+    """
     if importlib.util.find_spec("torchao") is None:
         raise RivalUnavailableError("torchao is not installed")
+    _need_dtype(operands, torch.float8_e4m3fn)
     _need_cuda(operands)
-    row_scale_M, col_scale_N = operands.row_scale_M, operands.col_scale_N
-    if operands.pruned_MK.dtype is not torch.float8_e4m3fn:
-        raise RivalUnavailableError("for float8_e4m3fn only")
-    try:
+
+    def bind(o: Operands) -> Product:
         ops: Any = importlib.import_module("torchao.ops")
-        values, metadata = ops.to_sparse_semi_structured_cutlass_sm9x_f8(
-            operands.pruned_MK
-        )
-        given = (operands.weight_NK, col_scale_N, values, metadata, row_scale_M)
+        values, metadata = ops.to_sparse_semi_structured_cutlass_sm9x_f8(o.pruned_MK)
+        row_scale_M, col_scale_N = o.scales
+        given = (o.weight_NK, col_scale_N, values, metadata, row_scale_M)
+        linear = ops.rowwise_scaled_linear_sparse_cutlass_f8f8
+        return lambda _: linear(*given, out_dtype=torch.bfloat16).t()
 
-        def call(_: int) -> Tensor:
-            linear = ops.rowwise_scaled_linear_sparse_cutlass_f8f8
-            return linear(*given, out_dtype=torch.bfloat16).t()
+    _try(lambda: bind(operands)(0))
+    return Rival(bind, sparse=True)
 
-        call(0)
+
+def _try(call: Callable[[], object]) -> None:
+    """Raise :class:`RivalUnavailableError` in the words of what ``call`` raises."""
+    try:
+        call()
     except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise RivalUnavailableError(_first_line(error)) from error
-    return Rival(call, sparse=True)
+
+
+def _need_dtype(operands: Operands, dtype: torch.dtype) -> None:
+    """Refuse operands of any other dtype."""
+    if operands.activation_MK.dtype is not dtype:
+        raise RivalUnavailableError(f"for {dtype} only".replace("torch.", ""))
 
 
 def _need_cuda(operands: Operands) -> None:

@@ -7,7 +7,7 @@ may therefore exceed 100 % of the ceiling of dense matmuls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from inductor_sparse.bench.models import (
 )
 from inductor_sparse.bench.rows import Row
 from inductor_sparse.bench.timing import Call, screen_us
+
+Rival = Callable[[Sequence[Input]], Call]
+"""Gives the call that runs a rival kernel on rotating inputs."""
 
 MEMORY_BOUND_TOKENS = 16
 """Up to here rates of memory are reported, above it rates of arithmetic."""
@@ -71,22 +74,23 @@ def _rates(name: str, amount: float, row: Row) -> Row:
 
 def rivals(
     case: ModelCase, models: Sequence[Model], inputs: Sequence[Input]
-) -> dict[str, Call]:
+) -> dict[str, Rival]:
     """What is timed along with a stack of models on a GPU: one call runs all of them.
 
     ``empty`` is a kernel that does nothing to speak of: what every time contains.
-    ``masked_load`` is the best tile of :mod:`inductor_sparse.bench.teal_baseline`.
+    ``masked_load`` is the best tile of :mod:`inductor_sparse.bench.teal_baseline`,
+    chosen on ``inputs``.
     """
     if case.device != "cuda" or len(models) == 1:
         return {}
     ones = [parts(inputs[0])[0].new_zeros(1) for _ in models]
-    found: dict[str, Call] = {"empty": lambda _: [one.add_(1) for one in ones]}
+    found: dict[str, Rival] = {"empty": lambda _: lambda i: [o.add_(1) for o in ones]}
     if case.quantize == "none" and not case.gated:
         found["masked_load"] = _masked_load(models, inputs)
     return found
 
 
-def _masked_load(models: Sequence[Model], inputs: Sequence[Input]) -> Call:
+def _masked_load(models: Sequence[Model], inputs: Sequence[Input]) -> Rival:
     """The masked-load kernel with its fastest tile."""
     from inductor_sparse.bench import teal_baseline
 
@@ -95,18 +99,21 @@ def _masked_load(models: Sequence[Model], inputs: Sequence[Input]) -> Call:
         for tile, kernel in teal_baseline.candidates(model).items():
             tiles.setdefault(tile, []).append(kernel)
 
-    def call_of(kernels: list[teal_baseline.Kernel]) -> Call:
+    def call_of(tile: str, given: Sequence[Input]) -> Call:
         def run(index: int) -> list[Tensor]:
-            given = parts(inputs[index % len(inputs)])
-            return [kernel(x) for kernel, x in zip(kernels, given, strict=True)]
+            pairs = zip(tiles[tile], parts(given[index % len(given)]), strict=True)
+            return [kernel(x) for kernel, x in pairs]
 
         return run
 
-    calls = {tile: call_of(kernels) for tile, kernels in tiles.items()}
     times = {
         tile: screen_us(
-            call, seconds=SCREEN_SECONDS, device="cuda", rotation=len(inputs)
+            call_of(tile, inputs),
+            seconds=SCREEN_SECONDS,
+            device="cuda",
+            rotation=len(inputs),
         )
-        for tile, call in calls.items()
+        for tile in tiles
     }
-    return calls[min(times, key=lambda tile: times[tile])]
+    best = min(times, key=lambda tile: times[tile])
+    return lambda given: call_of(best, given)

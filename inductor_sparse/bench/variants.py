@@ -31,7 +31,8 @@ from inductor_sparse.bench.models import Input, parts
 from inductor_sparse.errors import NothingAppliedError
 from inductor_sparse.report.calibrate import calibrate
 
-WARMUP_CALLS = 10
+WARMUP_CALLS = {"cpu": 10, "cuda": 3}
+"""Of a variant after its first call; capturing for a GPU's timing makes more."""
 GRAPH_CACHES_OFF = {
     "fx_graph_cache": False,
     "fx_graph_remote_cache": False,
@@ -143,7 +144,7 @@ def compile_variant(
         inputs: one or more inputs of one shape.
         options: further options of the backend, such as ``sparse.quantize``.
     """
-    step = _own_code(model, f"{backend}_{setting.name}")
+    step = _step(model, f"{backend}_{setting.name}")
     device = parts(inputs[0])[0].device.type
     chosen = {**setting.options(device), **(options or {})}
     compiled = torch.compile(step, backend=backend, dynamic=False, options=chosen)
@@ -157,7 +158,7 @@ def compile_variant(
         start = time.perf_counter()
         call(inputs[0])
         variant.compile_s = time.perf_counter() - start
-        for index in range(max(WARMUP_CALLS, len(inputs))):
+        for index in range(max(WARMUP_CALLS[device], len(inputs))):
             call(inputs[index % len(inputs)])
     return variant
 
@@ -209,18 +210,24 @@ def save_plan(model: nn.Module, inputs: Sequence[Input], path: Path) -> None:
     Through a function as :func:`compile_variant` makes it: sites are found again by
     their path.
     """
-    step = _own_code(model, "calibrate")
+    step = _step(model, "calibrate")
     calibrate(step, [(x,) for x in inputs], path)
 
 
-def _own_code(model: nn.Module, label: str) -> Callable[[Input], Any]:
+def _step(model: nn.Module, label: str) -> Callable[[Input], Any]:
     """A function that calls ``model`` and shares its code object with no other."""
 
     def step(x: Input) -> Any:
         return model(x)
 
-    code = step.__code__.replace(co_name=label)
-    return types.FunctionType(code, step.__globals__, label, None, step.__closure__)
+    return with_own_code(step, label)
+
+
+def with_own_code(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    """``function`` with a code object of its own, named ``label`` in traces."""
+    code = function.__code__.replace(co_name=label)
+    parts = (function.__globals__, label, function.__defaults__, function.__closure__)
+    return types.FunctionType(code, *parts)
 
 
 @contextlib.contextmanager

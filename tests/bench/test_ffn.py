@@ -1,18 +1,26 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from inductor_sparse.bench import ffn, variants
 from inductor_sparse.bench.ffn import Sweep, UnsettledError, row_key
 from inductor_sparse.bench.models import ModelCase
 from inductor_sparse.bench.timing import Evictor
 from inductor_sparse.bench.variants import SETTINGS, Variant
-from inductor_sparse.decisions import DecisionLog, GraphDecisions
+from inductor_sparse.decisions import (
+    Decision,
+    DecisionLog,
+    GraphDecisions,
+    Status,
+    Tier,
+)
 
 CASE = ModelCase("down", False, "relu2", "float32", features=64, hidden=512)
 SWEEP = Sweep((CASE,), tokens=(2,), densities=(0.1,), seconds=0.05)
@@ -93,11 +101,9 @@ def test_times_of_a_stack_are_those_of_one_model(
     times = {"dense": [30.0, 30.0], "sparse": [15.0, 15.0]}
     monkeypatch.setattr(three, "_settled_times", lambda *_: times)
     inputs = three.inputs(0.1)
-    sides = [
-        variants.compile_variant(three._whole("none"), side, SETTINGS[0], inputs)
-        for side in ("inductor", "sparse")
-    ]
-    row = three.compare(*sides, inputs)
+    three.sweep = dataclasses.replace(SWEEP, settings=SETTINGS[:1])
+    sides = [three.fastest(side, inputs) for side in ("inductor", "sparse")]
+    row = three.compare(*sides, inputs, {})
     assert (row["dense_us"], row["sparse_us"], row["ratio"]) == (10.0, 5.0, 2.0)
     assert (row["stacked"], row["sites_applied"]) == (3, 3)
     assert row["max_rel_err"] < 1e-5
@@ -143,3 +149,90 @@ def test_a_plan_of_its_own_inputs_decides() -> None:
     sparse, dense = ffn.run(sweep)
     assert (sparse["status"], sparse["calibrated"]) == ("applied", True)
     assert (dense["status"], dense["reason"]) == ("dense", "too-dense")
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the benchmark compiles, by backend and setting; nothing is compiled."""
+    made: list[tuple[str, str]] = []
+
+    def compile_variant(
+        model: Any, backend: str, setting: Any, inputs: Any, options: Any = None
+    ) -> Variant:
+        made.append((backend, setting.name))
+        graph = GraphDecisions("graph", [DECISION])
+        log = DecisionLog()
+        log.add(graph)
+
+        def call(x: Any) -> Any:
+            with torch.no_grad():
+                return model(x)
+
+        return Variant(backend, setting, call, log, [], compile_s=1.0)
+
+    monkeypatch.setattr(ffn, "compile_variant", compile_variant)
+    return made
+
+
+DECISION = Decision(
+    *("down", "f.py:1", "rule", Tier.EXACT, Status.APPLIED, None, ""),
+    shapes={},
+    dtype="float32",
+    device="cpu",
+)
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_side_that_does_not_adapt_is_compiled_once(
+    adapts: bool, monkeypatch: pytest.MonkeyPatch, compilations: list[Any]
+) -> None:
+    monkeypatch.setattr(ffn._Bench, "adapts", adapts)
+    sweep = dataclasses.replace(SWEEP, densities=(0.1, 0.2, 0.4), settings=SETTINGS[:2])
+    rows = list(ffn.run(sweep))
+    settings = ["default", "freezing"]
+    expected = [("inductor", name) for name in settings]
+    expected += [("sparse", name) for name in settings] * (3 if adapts else 1)
+    assert compilations == expected
+    densities = [row["density_measured"] for row in rows]
+    assert densities == pytest.approx([0.1, 0.2, 0.4], rel=0.2)
+    for row in rows:
+        assert set(row["sparse_candidates_us"]) == set(settings)
+        assert (row["dense_compile_s"], row["sparse_compile_s"]) == (2.0, 2.0)
+        assert row["max_rel_err"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "calibrated", "adapts"),
+    [
+        ("cpu", 512, False, True),
+        ("cuda", 16, False, True),
+        ("cuda", 17, False, False),
+        ("cuda", 17, True, True),
+    ],
+)
+def test_only_many_tokens_on_a_gpu_are_decided_by_shape_alone(
+    device: str, tokens: int, calibrated: bool, adapts: bool
+) -> None:
+    case = dataclasses.replace(CASE, device=device, calibrated=calibrated)
+    one = ffn._Bench(SWEEP, case, [], tokens, Evictor(2**40), print)
+    assert one.adapts is adapts
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_torchao_is_one_more_dense_candidate(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, compilations: list[Any]
+) -> None:
+    theirs = lambda model: copy.deepcopy(model) if installed else None  # noqa: E731
+    monkeypatch.setattr(ffn, "by_torchao", theirs)
+    case = dataclasses.replace(CASE, quantize="fp8")
+    sweep = dataclasses.replace(SWEEP, cases=(case,), settings=SETTINGS[:2])
+    screened = iter([5.0, 4.0, 3.0, 6.0, 1.0, 2.0] if installed else [5.0, 4.0, 1.0, 2])
+    monkeypatch.setattr(ffn._Bench, "screen", lambda *_: next(screened))
+    monkeypatch.setattr(ffn, "quantized", lambda model, _: model)
+    (row,) = ffn.run(sweep)
+    found = row["dense_candidates_us"]
+    assert found["freezing"] == 4.0
+    assert found.get("torchao, default") == (3.0 if installed else None)
+    assert row["baseline"] == ("torchao, default" if installed else "freezing")
+    assert set(row["sparse_candidates_us"]) == {"default", "freezing"}
+    assert row["sparse_setting"] == "default"

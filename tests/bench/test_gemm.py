@@ -6,11 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from inductor_sparse import formats
 from inductor_sparse.bench import ceilings, gemm, rivals, tables
 from inductor_sparse.bench.gemm import GemmCase
-from inductor_sparse.bench.rivals import Builder, Rival, RivalUnavailableError
+from inductor_sparse.bench.rivals import (
+    Builder,
+    Product,
+    Rival,
+    RivalUnavailableError,
+)
 
 CASE = GemmCase(64, 128, 32, "bfloat16", "random", 1.0)
 
@@ -30,9 +36,12 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def eager(operands: gemm.Operands, autotune: bool) -> Rival:
         op = torch.ops.inductor_sparse.sparse24_mm
-        given = (operands.values, operands.metadata, operands.weight_NK.t())
-        scales = (operands.row_scale_M, operands.col_scale_N)
-        return Rival(lambda _: op(*given, *scales), sparse=True, note="eager")
+
+        def bind(o: gemm.Operands) -> Product:
+            given = (o.values, o.metadata, o.weight_NK.t(), *o.scales)
+            return lambda _: op(*given)
+
+        return Rival(bind, sparse=True, note="eager")
 
     monkeypatch.setattr(gemm, "ours", eager)
 
@@ -64,7 +73,7 @@ def test_quick_leaves_out_what_compiles() -> None:
 def test_a_wrong_result_is_never_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(operands: gemm.Operands) -> Rival:
         wrong = torch.ones(CASE.tokens, CASE.features)
-        return Rival(lambda _: wrong, sparse=True)
+        return Rival(lambda _: lambda i: wrong, sparse=True)
 
     monkeypatch.setitem(gemm.RIVALS, "wrong", Builder(build))
     (row,) = gemm.run([CASE], seconds=0.01, quick=True)
@@ -77,6 +86,55 @@ def test_a_product_without_a_dense_side_is_refused() -> None:
     case = dataclasses.replace(CASE, dtype="float8_e4m3fn")
     with pytest.raises(RivalUnavailableError, match="no dense side runs here"):
         list(gemm.run([case], seconds=0.01, quick=True))
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_data_of_one_shape_share_what_was_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[tuple[int, ...]] = []
+    bound: list[Tensor] = []
+
+    def build(operands: gemm.Operands) -> Rival:
+        built.append(tuple(operands.activation_MK.shape))
+
+        def bind(o: gemm.Operands) -> Product:
+            bound.append(o.activation_MK)
+            return lambda _: torch.mm(o.activation_MK, o.weight_NK.t())
+
+        return Rival(bind, sparse=False)
+
+    monkeypatch.setitem(gemm.RIVALS, "counted", Builder(build))
+    data = ("trained", 0.05), ("trained", 0.1), ("random", 1.0)
+    todo = [
+        dataclasses.replace(CASE, tokens=tokens, data=kind, density=density)
+        for tokens in (64, 32)
+        for kind, density in data
+    ]
+    rows = list(gemm.run(todo, seconds=0.01, quick=True))
+    assert built == [(64, 128), (32, 128)]
+    assert [gemm.row_key(row) for row in rows] == [case.key for case in todo]
+    # Every row multiplies operands of its own, and is checked against them.
+    found = [(x != 0).float().mean().item() for x in bound]
+    assert found == pytest.approx([0.05, 0.1, 1.0] * 2, rel=0.4)
+    assert all(row["variants"]["counted"]["max_rel_err"] < 0.01 for row in rows)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 64), slice(448, 512)])
+@pytest.mark.usefixtures("no_compiler")
+def test_a_wrong_block_of_rows_is_found(
+    rows: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(o: gemm.Operands) -> Product:
+        wrong = torch.mm(o.activation_MK, o.weight_NK.t())
+        wrong[rows] *= 2
+        return lambda _: wrong
+
+    wrong = Builder(lambda _: Rival(bind, sparse=False))
+    monkeypatch.setitem(gemm.RIVALS, "wrong", wrong)
+    case = dataclasses.replace(CASE, tokens=512)
+    (row,) = gemm.run([case], seconds=0.01, quick=True)
+    assert "wrong" in row["unavailable"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])

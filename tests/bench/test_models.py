@@ -9,8 +9,9 @@ from inductor_sparse.bench.models import (
     FeedForward,
     ModelCase,
     activate,
-    max_relative_error,
+    errors,
     measured_density,
+    sample,
 )
 
 DOWN = ModelCase("down", False, "relu2", "float32", features=32, hidden=512)
@@ -58,8 +59,9 @@ def test_eager_float32_agrees_with_the_float64_reference(case: ModelCase) -> Non
     x = case.make_input(8, 0.1, seed=1)
     with torch.no_grad():
         right = model(x)
-    assert max_relative_error(model, x, right) < 1e-5
-    assert max_relative_error(model, x, right * 1.01) == pytest.approx(0.01, rel=0.01)
+    (small, _), (largest, rms) = errors(model, x, right, right * 1.01)
+    assert small < 1e-5
+    assert (largest, rms) == (pytest.approx(0.01, rel=0.01),) * 2
 
 
 def test_error_of_the_gated_model_sees_the_up_projection() -> None:
@@ -68,7 +70,27 @@ def test_error_of_the_gated_model_sees_the_up_projection() -> None:
     x = GATED.make_input(8, 0.1, seed=1)
     with torch.no_grad():
         ungated = model.down(activate(model.gate(x), "relu2"))
-    assert max_relative_error(model, x, ungated) > 0.1
+    ((largest, _),) = errors(model, x, ungated)
+    assert largest > 0.1
+
+
+def test_an_error_in_any_block_of_rows_is_seen() -> None:
+    model, x = DOWN.build(), DOWN.make_input(5000, 0.1, seed=1)
+    with torch.no_grad():
+        right = model(x)
+    for first in range(0, 5000, 500):
+        wrong = right.clone()
+        wrong[first : first + 64] = 0
+        ((largest, _),) = errors(model, x, wrong)
+        assert largest > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 4000])
+def test_a_sample_reaches_from_the_first_row_to_the_last(rows: int) -> None:
+    found = sample(torch.arange(rows)).tolist()
+    assert (found[0], found[-1]) == (0, rows - 1)
+    assert found == sorted(set(found))
+    assert len(found) == min(rows, 256)
 
 
 def test_activations() -> None:

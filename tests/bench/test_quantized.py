@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ from inductor_sparse.bench.models import ModelCase, relative_errors
 from inductor_sparse.bench.quantized import (
     LARGEST,
     QuantizedLinear,
+    by_torchao,
     quantize_rows,
     quantized,
 )
@@ -53,3 +58,38 @@ def test_the_8_bit_model_computes_the_same(op: str, gated: bool) -> None:
 def test_no_quantization_is_the_model_itself() -> None:
     model = ModelCase("down", False, "relu2", "float32", 16, 64).build()
     assert quantized(model, "none") is model
+
+
+BF16 = ModelCase("ffn", True, "relu2", "bfloat16", features=64, hidden=256)
+
+
+def test_without_torchao_there_is_no_such_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert by_torchao(BF16.build()) is None
+
+
+def test_a_torchao_that_cannot_be_used_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert by_torchao(BF16.build()) is None
+
+
+def test_torchao_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = BF16.build()
+    assert by_torchao(model) is None, "torchao wants a GPU for this"
+    api = importlib.import_module("torchao.quantization.quant_api")
+    monkeypatch.setattr(api, "_check_hardware_support", lambda granularity: None)
+    theirs = by_torchao(model)
+    assert theirs is not None
+    assert type(theirs.down.weight).__name__ == "Float8Tensor"
+    assert type(model.down.weight) is torch.nn.Parameter
+    x = BF16.make_input(32, 0.3, seed=1)
+    with torch.no_grad():
+        expected = model(x).double()
+        _, rms = relative_errors(theirs(x), expected)
+        _, ours = relative_errors(quantized(model, "fp8")(x), expected)
+    assert rms == pytest.approx(ours, rel=0.15)

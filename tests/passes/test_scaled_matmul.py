@@ -39,6 +39,13 @@ def by_max(h: Tensor) -> Quantized:
     return (h / scale).to(FP8), scale
 
 
+def by_torchao(h: Tensor) -> Quantized:
+    """As torchao 0.18 writes it: the scale is of bfloat16, and seen as blocks."""
+    scale = (h.abs().amax(dim=[-1], keepdim=True) / LIMIT).float()
+    q = (h.float() / scale).clamp(min=-LIMIT).clamp(max=LIMIT).to(FP8)
+    return q, scale.unsqueeze(-1).view(scale.shape)
+
+
 def relu2(x: Tensor) -> Tensor:
     return F.relu(x) ** 2
 
@@ -75,7 +82,7 @@ def run(
     return gm, rewrite(gm, static=[1, 2], **context).decisions
 
 
-@pytest.mark.parametrize("quantize", [by_division, by_product, by_max])
+@pytest.mark.parametrize("quantize", [by_division, by_product, by_max, by_torchao])
 @pytest.mark.parametrize("act", [relu2, F.relu])
 @pytest.mark.parametrize("shape", [(M, K), (2, M // 2, K)], ids=["2d", "3d"])
 def test_quantized_by_rows(
