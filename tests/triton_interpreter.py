@@ -6,6 +6,7 @@ imported, hence the process: no other test sees it.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import struct
@@ -38,6 +39,22 @@ def receive(stream: IO[bytes]) -> Any:
     return torch.load(io.BytesIO(stream.read(struct.unpack("<q", header)[0])))
 
 
+@dataclasses.dataclass(frozen=True)
+class SparseFile:
+    """A vector of ``size`` elements in memory that two processes share.
+
+    It may be larger than the machine's memory: pages exist once they are written.
+    """
+
+    path: str
+    size: int
+    dtype: torch.dtype
+
+    def tensor(self) -> torch.Tensor:
+        """The vector."""
+        return torch.from_file(self.path, True, self.size, dtype=self.dtype)
+
+
 class Interpreter:
     """A process that runs kernels; use it as a context manager.
 
@@ -62,19 +79,25 @@ class Interpreter:
 
     def run(
         self,
-        templates: Sequence[str],
+        templates: Sequence[str] | str,
         kernel: str,
         grid: Sequence[int],
         *args: Any,
+        first: Sequence[int] = (0, 0, 0),
         **constants: Any,
     ) -> list[Any]:
         """Launch ``kernel`` of the joined templates; the arguments as it leaves them.
+
+        ``templates`` may be the text of a generated module instead.  An argument may be
+        a :class:`SparseFile`.  The programs are those of ``grid`` from ``first`` on.
 
         Raises:
             AssertionError: the kernel failed; the message is its traceback.
         """
         assert self._process.stdin and self._process.stdout
-        request = (list(templates), kernel, tuple(grid), list(args), constants)
+        source = templates if isinstance(templates, str) else list(templates)
+        sent = [vars(arg) if isinstance(arg, SparseFile) else arg for arg in args]
+        request = (source, kernel, tuple(grid), tuple(first), sent, constants)
         send(self._process.stdin, request)
         failure, result = receive(self._process.stdout)
         assert failure is None, failure

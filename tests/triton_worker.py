@@ -6,9 +6,14 @@ differs from the hardware as the PTX manual describes it.
 
 from __future__ import annotations
 
+import contextlib
+import linecache
+import re
 import sys
 import traceback
+import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from triton_interpreter import receive, send
+from triton_interpreter import SparseFile, receive, send
 
 from inductor_sparse.runtime import triton_text
 
@@ -96,14 +101,52 @@ def patch_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def arguments_as_they_are(self: Any, args: Any, kwargs: Any) -> Any:
+    """They are on the CPU already; copies of them might not fit."""
+    return args, kwargs
+
+
 def mend() -> None:
     """Replace what is wrong in the interpreter."""
+    interpreter.GridExecutor._init_args_hst = arguments_as_they_are
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = cast_with_mode
     Builder.create_fp_trunc = Builder.create_fp_ext = cast
     Builder.create_fmul = multiply
     Builder.create_fabs = absolute
     interpreter._patch_lang_tensor = patch_tensor
+
+
+def load(source: list[str] | str) -> Any:
+    """The module of templates, or of a text that Inductor has generated."""
+    if isinstance(source, list):
+        return triton_text.load(*source)
+    # Decorators that are for the tuning of a kernel that will be launched.
+    plain = re.sub(r"^@triton_heuristics\.\w+\(.*?^\)\n", "", source, flags=re.S | re.M)
+    name = f"<generated {hash(plain)}>"
+    linecache.cache[name] = (len(plain), None, plain.splitlines(True), name)
+    module = types.ModuleType(name)
+    exec(compile(plain, name, "exec"), module.__dict__)
+    return module
+
+
+@contextlib.contextmanager
+def programs_from(first: tuple[int, ...]) -> Iterator[None]:
+    """Count programs from ``first`` on."""
+    whole, at = Builder.set_grid_dim, Builder.set_grid_idx
+
+    def set_dim(self: Any, *size: int) -> None:
+        whole(self, *(n + start for n, start in zip(size, first, strict=True)))
+
+    def set_index(self: Any, *index: int) -> None:
+        at(self, *(i + start for i, start in zip(index, first, strict=True)))
+
+    Builder.set_grid_dim, Builder.set_grid_idx = set_dim, set_index
+    try:
+        yield
+    finally:
+        Builder.set_grid_dim, Builder.set_grid_idx = whole, at
 
 
 def serve() -> None:
@@ -113,12 +156,15 @@ def serve() -> None:
     mend()
     while True:
         try:
-            templates, kernel, grid, args, constants = receive(sys.stdin.buffer)
+            source, kernel, grid, first, args, constants = receive(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            module = triton_text.load(*templates)
-            getattr(module, kernel)[grid](*args, **constants)
+            given = [
+                SparseFile(**a).tensor() if isinstance(a, dict) else a for a in args
+            ]
+            with programs_from(first):
+                getattr(load(source), kernel)[grid](*given, **constants)
             send(answers, (None, args))
         except Exception:
             send(answers, (traceback.format_exc(), None))
