@@ -52,7 +52,7 @@ SCHEMAS: dict[str, str] = {
     "quantize_rows": "(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     "quantized_weight": (
         "(Tensor weight, SymInt[] size, SymInt[] stride, SymInt storage_offset, "
-        "ScalarType dtype) -> (Tensor, Tensor)"
+        "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
     ),
     **ops24.SCHEMAS,
 }
@@ -168,9 +168,10 @@ def _fake_quantized_weight(
     stride: Sequence[int],
     storage_offset: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     reference.check_window(weight, size, stride, storage_offset)
-    return _fake_quantize_rows(weight.new_empty(size), dtype)
+    values, scale = _fake_quantize_rows(weight.new_empty(size), dtype)
+    return values, scale, scale.new_empty(())
 
 
 def _activation_gradient(grad_a: Tensor, z: Tensor, activation: str) -> Tensor:

@@ -26,6 +26,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w1, Tensor? bias, str activation, str select, "
         "Tensor? energy=None) -> (Tensor, Tensor)"
     ),
+    "linear_sparsify24_quantized": (
+        "(Tensor x, Tensor x_scale, Tensor w1, Tensor w1_scale, Tensor? bias, "
+        "Tensor row_scale, str activation, str select, Tensor? energy=None) "
+        "-> (Tensor, Tensor)"
+    ),
     "sparse24_mm": (
         "(Tensor values, Tensor metadata, Tensor w, Tensor? row_scale=None, "
         "Tensor? col_scale=None, *, ScalarType? out_dtype=None) -> Tensor"
@@ -139,6 +144,36 @@ def linear_sparsify24(
     return op(z_MK, activation, select, energy)
 
 
+def linear_sparsify24_quantized(
+    x: Tensor,
+    x_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A linear layer of 8-bit operands, selected and packed in 8 bits.
+
+    See :func:`inductor_sparse.reference.linear_sparsify24_quantized` for the meaning,
+    :func:`sparsify24` for ``energy``; as in :func:`linear_sparsify24`, the rounding of
+    the layer differs between kernels.
+
+    Returns:
+        ``(values [M, S] in e4m3, metadata)``, to be multiplied by ``row_scale``.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit, or an unknown name.
+    """
+    check_energy("linear_sparsify24_quantized", energy)
+    values, index = reference.linear_sparsify24_quantized(
+        x, x_scale, w1, w1_scale, bias, row_scale, activation, select
+    )
+    return values, formats.pack_index(index, x.dtype)
+
+
 def sparse24_mm(
     values: Tensor,
     metadata: Tensor,
@@ -205,6 +240,24 @@ def _fake_linear_sparsify24(
     return _new_packed(x, x.shape[0], w1.shape[0], x.dtype)
 
 
+def _fake_linear_sparsify24_quantized(
+    x: Tensor,
+    x_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_energy("linear_sparsify24_quantized", energy)
+    reference.check_linear_sparsify24_quantized(
+        x, x_scale, w1, w1_scale, bias, row_scale, activation, select
+    )
+    return _new_packed(x, x.shape[0], w1.shape[0], x.dtype)
+
+
 def _fake_sparse24_mm(
     values: Tensor,
     metadata: Tensor,
@@ -224,6 +277,7 @@ OPS = (
     (sparsify24, _fake_sparsify24),
     (sparsify24_quantized, _fake_sparsify24_quantized),
     (linear_sparsify24, _fake_linear_sparsify24),
+    (linear_sparsify24_quantized, _fake_linear_sparsify24_quantized),
     (sparse24_mm, _fake_sparse24_mm),
 )
 """Each op, under the name it is registered by, with its fake."""

@@ -199,10 +199,14 @@ class EpiloguePrinter:
         return Pair("acc0", "acc1", torch.float32)
 
     def _is_bulk(self, name: str) -> bool:
-        """Whether the tensor memory accelerator can store the buffer."""
+        """Whether the kernel itself stores the buffer, 16 bytes at a time or more.
+
+        8 bits are stored by a kernel whose own product has them, and by no other.
+        """
         dtype = V.graph.get_dtype(name)
+        own = name == self.product and dtype.itemsize == 1
         return (
-            dtype in _BULK_DTYPES
+            (own or dtype in _BULK_DTYPES)
             and self.stored[name].value.dtype == torch.float32
             and self.space.is_row_major(self.stored[name].location)
             and V.graph.sizevars.statically_known_multiple_of(

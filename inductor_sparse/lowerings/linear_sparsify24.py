@@ -1,7 +1,8 @@
 """``linear_sparsify24``: one kernel on Hopper, or a product and the packing behind it.
 
 The kernel is taken where its tiles are expected to fill the GPU; with autotuning on it
-is measured beside the pair.
+is measured beside the pair.  ``linear_sparsify24_quantized``, whose scales are given
+before there is anything to take them from, is the kernel or the op as it is defined.
 
 Shape legend: ``M`` tokens, ``D`` features of the model, ``K`` neurons, ``S`` packed
 neurons.
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 OP_NAME = "linear_sparsify24"
 OP = common.op(OP_NAME)
+QUANTIZED = common.op("linear_sparsify24_quantized")
 SPARSIFY = common.op("sparsify24")
 
 Packed = tuple[ir.TensorBox, ir.TensorBox]
@@ -51,7 +53,8 @@ Packed = tuple[ir.TensorBox, ir.TensorBox]
 class Call:
     """One call of the op with its operands in memory; ``M`` may be symbolic.
 
-    ``given`` are x, w1, bias and energy as the op got them.
+    ``given`` are x, w1, bias and energy as the op got them, ``scales`` in e4m3 those of
+    x, w1 and the values.
     """
 
     given: tuple[Any, Any, Any, Any]
@@ -61,11 +64,13 @@ class Call:
     energy: Any
     activation: str
     select: str
+    scales: tuple[Any, ...] = ()
 
     @property
     def operands(self) -> list[Any]:
-        """What is read: x, w1, and the bias if there is one."""
-        return [self.x, self.w1, *([] if self.bias is None else [self.bias])]
+        """What is read: x, w1, and the scales and the bias if there are any."""
+        bias = [] if self.bias is None else [self.bias]
+        return [self.x, self.w1, *self.scales, *bias]
 
     @property
     def sizes(self) -> tuple[Any, int, int]:
@@ -101,6 +106,32 @@ def tuned_linear_sparsify24(
         log.info("%s is a product and a packing: %s", OP_NAME, reason)
         return _pair(x, w1, bias, energy, activation, select)
     return _fastest(call)
+
+
+def tuned_linear_sparsify24_quantized(
+    x: ir.TensorBox,
+    x_scale: ir.TensorBox,
+    w1: ir.TensorBox,
+    w1_scale: ir.TensorBox,
+    bias: ir.TensorBox | None,
+    row_scale: ir.TensorBox,
+    activation: str,
+    select: str,
+    energy: ir.TensorBox | None = None,
+) -> Packed:
+    """Lower ``linear_sparsify24_quantized``: ``(values, metadata)``."""
+    given = (x, x_scale, w1, w1_scale, bias, row_scale, activation, select, energy)
+    try:
+        call = _call(x, w1, bias, energy, activation, select)
+    except Refused as reason:
+        log.info("%s is not compiled: %s", QUANTIZED, reason)
+        return common.fallback(QUANTIZED)(*given)
+    scales = tuple(_contiguous(scale) for scale in (x_scale, w1_scale, row_scale))
+    _, _, K = call.sizes
+    processors = cuda_driver.multiprocessors(call.x.get_device())
+    tile = linear_sparsify24_kernel.fastest_tile(call.tokens, K, processors)
+    log.info("%s %d tokens, %s: %s", QUANTIZED, call.tokens, call.sizes, tile)
+    return _node(dataclasses.replace(call, scales=scales), tile)
 
 
 def _pair(
@@ -171,7 +202,9 @@ def _rows(matrix: ir.TensorBox) -> ir.IRNode:
         raise Refused(f"sizes {matrix.get_size()} with strides {stride} are dynamic")
     known = int(outer) if isinstance(outer, numbers) else 1
     refusal = linear_sparsify24_kernel.layout_refusal(
-        (known, int(inner)), (int(stride[0]), int(stride[1]))
+        (known, int(inner)),
+        (int(stride[0]), int(stride[1])),
+        matrix.get_dtype().itemsize,
     )
     if refusal is not None:
         raise Refused(refusal)
@@ -239,7 +272,7 @@ def _launch(
         kernel.name,
         kernel.source,
         kernel.signature,
-        (call.x, call.w1, *optional, *outputs, *call.sizes),
+        (call.x, call.w1, *call.scales, *optional, *outputs, *call.sizes),
         threads=kernel.threads,
         maps=kernel.maps,
         cluster=kernel.cluster,
@@ -277,5 +310,6 @@ def _measured(call: Call) -> Packed:
 
 
 def register() -> None:
-    """Register the lowering with Inductor; calling it again changes nothing."""
+    """Register the lowerings with Inductor; calling it again changes nothing."""
     common.register(OP, tuned_linear_sparsify24)
+    common.register(QUANTIZED, tuned_linear_sparsify24_quantized)

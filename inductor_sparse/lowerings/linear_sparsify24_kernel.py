@@ -1,7 +1,8 @@
 """The Hopper kernel of ``linear_sparsify24``: its tiles, what it takes, its launch.
 
 :func:`linear_sparsify24` is the op on CUDA: the kernel where there is one for the
-device and the operands, else the product and the packing one after the other.
+device and the operands, else the product and the packing one after the other.  With
+operands in e4m3 it is the kernel of ``linear_sparsify24_quantized``.
 
 Shape legend: ``M`` tokens, ``D`` features of the model, ``K`` neurons, ``S`` packed
 neurons.
@@ -11,18 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from inductor_sparse import formats, ops, profitability, reference
+from inductor_sparse import formats, ops, ops24, profitability, reference
 from inductor_sparse.lowerings import hopper, vendor24
 from inductor_sparse.lowerings.hopper import ALIGNMENT, MAX_SIZE
 from inductor_sparse.lowerings.hopper import SHARED_BYTES as SHARED_BYTES
 from inductor_sparse.runtime import cuda_driver, cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import CudaKernel, TensorMap
 
-DTYPE_NAMES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "f16"}
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float8_e4m3fn: "e4m3",
+}
 """Dtypes of the operands, and what PTX calls them."""
 
 ACTIVATIONS = ("relu", "relu2")
@@ -58,7 +64,10 @@ class TileConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of dynamic shared memory: ring, packing, bias, barriers, alignment."""
+        """Bytes of dynamic shared memory: ring, packing, bias, barriers, alignment.
+
+        Operands of 8 bits take no more: their scales lie where they pack less at once.
+        """
         ring = self.stages * (self.block_m + self.block_k) * 128
         consumer = 4 * _PACK_BYTES + self.block_k * 2
         return ring + self.consumers * consumer + 16 * self.stages + 1024
@@ -92,9 +101,14 @@ def rate(M: int, K: int, tile: TileConfig, processors: int) -> float:
     return TILES[tile] * used * M * K / computed
 
 
+def fastest_tile(M: int, K: int, processors: int) -> TileConfig:
+    """The tile for a size."""
+    return max(TILES, key=lambda tile: rate(M, K, tile, processors))
+
+
 def best_tile(M: int, K: int, processors: int) -> TileConfig | None:
     """The tile for a size, or None where the pair is expected to be faster."""
-    tile = max(TILES, key=lambda tile: rate(M, K, tile, processors))
+    tile = fastest_tile(M, K, processors)
     return tile if rate(M, K, tile, processors) >= PAIR_RATE else None
 
 
@@ -138,8 +152,8 @@ def kernel(
 ) -> CudaKernel:
     """The kernel, compiled when it first runs.
 
-    Its arguments are x, w1, the bias and the energy if there are any, values, metadata,
-    then M, D and K.
+    Its arguments are x, w1, in e4m3 the scales of their rows and those of the values,
+    the bias and the energy if there are any, values, metadata, then M, D and K.
     """
     name = f"linear_sparsify24_{DTYPE_NAMES[dtype]}"
     source = kernel_source(
@@ -150,14 +164,16 @@ def kernel(
         has_bias=has_bias,
         has_energy=has_energy,
     )
-    pointers = 2 + has_bias + has_energy
+    scales = 3 if dtype == torch.float8_e4m3fn else 0
+    pointers = 2 + scales + has_bias + has_energy
+    inner = 128 // dtype.itemsize
     return CudaKernel(
         name,
         source,
         signature=("map",) * 2 + ("pointer",) * pointers + ("int32",) * 3,
         maps=(
-            TensorMap(box=(64, tile.block_m), swizzle=128),
-            TensorMap(box=(64, tile.block_k // tile.cluster), swizzle=128),
+            TensorMap(box=(inner, tile.block_m), swizzle=128),
+            TensorMap(box=(inner, tile.block_k // tile.cluster), swizzle=128),
         ),
         threads=tile.threads,
         cluster=tile.cluster,
@@ -173,7 +189,9 @@ def refusal(x: Tensor, w1: Tensor, activation: str) -> str | None:
         return unknown
     if (x.data_ptr() | w1.data_ptr()) % ALIGNMENT:
         return f"an operand does not start at a multiple of {ALIGNMENT} bytes"
-    return layout_refusal(x.shape, x.stride()) or layout_refusal(w1.shape, w1.stride())
+    return layout_refusal(x.shape, x.stride(), x.itemsize) or layout_refusal(
+        w1.shape, w1.stride(), w1.itemsize
+    )
 
 
 def kind_refusal(
@@ -190,11 +208,13 @@ def kind_refusal(
     return cuda_kernel.unavailable_reason()
 
 
-def layout_refusal(size: tuple[int, ...], stride: tuple[int, ...]) -> str | None:
-    """Why TMA cannot fetch a 16-bit matrix of this layout, or None."""
+def layout_refusal(
+    size: tuple[int, ...], stride: tuple[int, ...], itemsize: int = 2
+) -> str | None:
+    """Why TMA cannot fetch a matrix of this layout, or None."""
     if 0 in size or max(size) > MAX_SIZE:
         return f"a size of {tuple(size)} is 0 or over {MAX_SIZE}"
-    if stride[1] != 1 or stride[0] < size[1] or stride[0] * 2 % ALIGNMENT:
+    if stride[1] != 1 or stride[0] < size[1] or stride[0] * itemsize % ALIGNMENT:
         return f"rows with strides {tuple(stride)} are not aligned to {ALIGNMENT} B"
     return None
 
@@ -206,8 +226,11 @@ def launch(
     bias: Tensor | None,
     activation: str,
     energy: Tensor | None,
+    scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """``(values, metadata)`` of operands that are not refused, on the current stream.
+
+    ``scales`` are those of x, w1 and the values in e4m3; they and bias are contiguous.
 
     Raises:
         SparseKernelError: the kernel cannot be compiled or launched.
@@ -216,7 +239,7 @@ def launch(
     values = x.new_empty(formats.values_shape(M, K))
     metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
     run = kernel(x.dtype, activation, bias is not None, energy is not None, tile).run
-    optional = [t for t in (bias, energy) if t is not None]
+    optional = [t for t in (*scales, bias, energy) if t is not None]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         run(x, w1, *optional, values, metadata, M, D, K, stream=stream)
@@ -248,5 +271,35 @@ def linear_sparsify24(
     return ops.linear_sparsify24(x, w1, bias, activation, select, energy)
 
 
+def linear_sparsify24_quantized(
+    x: Tensor,
+    x_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``linear_sparsify24_quantized`` on CUDA; as the op, by its definition if refused.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit, or an unknown name.
+        SparseKernelError: the kernel cannot be compiled or launched.
+    """
+    operands = (x, x_scale, w1, w1_scale, bias, row_scale)
+    ops.check_energy("linear_sparsify24_quantized", energy)
+    reference.check_linear_sparsify24_quantized(*operands, activation, select)
+    if refusal(x, w1, activation) is not None:
+        return ops24.linear_sparsify24_quantized(*operands, activation, select, energy)
+    processors = cuda_driver.multiprocessors(x.device)
+    tile = fastest_tile(x.shape[0], w1.shape[0], processors)
+    bias = None if bias is None else bias.contiguous()
+    scales = [scale.contiguous() for scale in (x_scale, w1_scale, row_scale)]
+    return launch(tile, x, w1, bias, activation, energy, scales)
+
+
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")
+_library.impl("linear_sparsify24_quantized", linear_sparsify24_quantized, "CUDA")
 _library.impl("linear_sparsify24", linear_sparsify24, "CUDA")

@@ -36,6 +36,7 @@ from inductor_sparse.reference.domain import (
     check_dtypes,
     check_glu_spmm,
     check_linear_sparsify24,
+    check_linear_sparsify24_quantized,
     check_quantize_rows,
     check_select,
     check_shape,
@@ -52,7 +53,12 @@ from inductor_sparse.reference.matmul import (
     row_major_weight,
     sparse24_mm,
 )
-from inductor_sparse.reference.quantized import quantize_rows, sparsify24_quantized
+from inductor_sparse.reference.quantized import (
+    linear_sparsify24_quantized,
+    predicted_scale,
+    quantize_rows,
+    sparsify24_quantized,
+)
 from inductor_sparse.reference.selection import density, dropped_energy, sparsify24
 from inductor_sparse.reference.windows import quantized_weight, window_gradient
 
@@ -72,6 +78,7 @@ __all__ = [
     "check_dtypes",
     "check_glu_spmm",
     "check_linear_sparsify24",
+    "check_linear_sparsify24_quantized",
     "check_quantize_rows",
     "check_select",
     "check_shape",
@@ -82,6 +89,8 @@ __all__ = [
     "density",
     "dropped_energy",
     "glu_spmm",
+    "linear_sparsify24_quantized",
+    "predicted_scale",
     "quantize_rows",
     "quantized_weight",
     "result_dtype24",

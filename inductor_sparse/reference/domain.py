@@ -203,6 +203,36 @@ def check_linear_sparsify24(
         check_shape(op, "bias", bias, w1.shape[0])
 
 
+def check_linear_sparsify24_quantized(
+    x: Tensor,
+    x_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    activation: str,
+    select: str,
+) -> None:
+    """Raise :class:`SparseShapeError` outside the domain of the op of that name."""
+    op = "linear_sparsify24_quantized"
+    check_activation(op, activation)
+    check_select(op, select)
+    check_shape(op, "x", x, "M", "D")
+    check_shape(op, "w1", w1, "K", x.shape[1])
+    check_shape(op, "x_scale", x_scale, x.shape[0])
+    check_shape(op, "w1_scale", w1_scale, w1.shape[0])
+    check_shape(op, "row_scale", row_scale, x.shape[0])
+    e4m3, wide = torch.float8_e4m3fn, torch.float32
+    expected = {"x": (x, e4m3), "w1": (w1, e4m3), "x_scale": (x_scale, wide)}
+    expected |= {"w1_scale": (w1_scale, wide), "row_scale": (row_scale, wide)}
+    if bias is not None:
+        check_shape(op, "bias", bias, w1.shape[0])
+        expected["bias"] = (bias, torch.bfloat16)
+    for name, (tensor, dtype) in expected.items():
+        if tensor.dtype != dtype:
+            raise SparseShapeError(f"{op}: {name} is {tensor.dtype}, expected {dtype}")
+
+
 def _check_operands24(op: str, x24: Tensor, w: Tensor) -> None:
     """As :func:`check_dtypes`, for which the 8-bit dtypes are fine as well."""
     for name, tensor in (("values", x24), ("w", w)):

@@ -21,6 +21,7 @@ from torch import Tensor
 from inductor_sparse.reference.domain import (
     ACTIVATIONS,
     QUANTIZED_LIMITS,
+    check_linear_sparsify24_quantized,
     check_quantize_rows,
     check_sparsify24_quantized,
 )
@@ -102,3 +103,83 @@ def sparsify24_quantized(
     values_MS, index_MS = select_groups(a_MK, select)
     scale_M, inverse_M = row_scales(a_MK, dtype)
     return quantize(values_MS, inverse_M[:, None], dtype), index_MS, scale_M
+
+
+def predicted_scale(
+    x: Tensor,
+    x_scale: Tensor,
+    largest_norm: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """A scale for each row of ``act(linear(x))``, from norms alone.
+
+    By the inequality of Cauchy and Schwarz no sum exceeds the norm of the row of ``x``
+    times the largest norm of a row of the weight.  The scale maps that bound to the
+    largest number of e4m3: what comes out lies below it, by a factor that the exponent
+    of e4m3 has room for.  What rounding adds is less than half a step up there.
+
+    A row that holds NaN or Inf has the scale NaN or Inf, and so has every row if the
+    weight does, or a row whose bound overflows.  The scale is never 0.
+
+    Args:
+        x: ``[M, D]`` in e4m3.
+        x_scale: ``[M]`` float32, of ``x``.
+        largest_norm: scalar, float32, from :func:`quantized_weight`.
+        bias: ``[K]``, or None.
+        activation: ``relu`` or ``relu2``.
+
+    Returns:
+        ``[M]`` float32.
+    """
+    bound_M = x.float().square().sum(dim=1).sqrt() * x_scale * largest_norm
+    if bias is not None:
+        # Below zero a bias only lowers the bound: ReLU leaves nothing there.
+        bound_M = (bound_M + bias.float().amax()).clamp(min=0.0)
+    if activation == "relu2":
+        bound_M = bound_M.square()
+    return bound_M.clamp(min=SMALLEST_AMAX) / QUANTIZED_LIMITS[torch.float8_e4m3fn]
+
+
+def linear_sparsify24_quantized(
+    x: Tensor,
+    x_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor,
+    activation: str,
+    select: str,
+) -> tuple[Tensor, Tensor]:
+    """Keep two of every four values of ``act`` of an 8-bit linear layer, in 8 bits.
+
+    The layer, ``(x @ w1.T) * x_scale[:, None] * w1_scale + bias``, is rounded to
+    bfloat16; activation and selection are those of :func:`sparsify24` on it; what is
+    kept is multiplied by ``1 / row_scale``, rounded to e4m3 and saturated.
+
+    Args:
+        x: ``[M, D]`` in e4m3, any strides.
+        x_scale: ``[M]`` float32.
+        w1: ``[K, D]`` in e4m3, any strides.
+        w1_scale: ``[K]`` float32.
+        bias: ``[K]`` bfloat16, or None.
+        row_scale: ``[M]`` float32, e.g. from :func:`predicted_scale`.
+        activation: a key of ACTIVATIONS.
+        select: one of SELECTS.
+
+    Returns:
+        ``(values [M, S] in e4m3, index [M, S] uint8)``, as of :func:`sparsify24`.
+
+    Raises:
+        SparseShapeError: shapes or dtypes do not fit, or an unknown name.
+    """
+    check_linear_sparsify24_quantized(
+        x, x_scale, w1, w1_scale, bias, row_scale, activation, select
+    )
+    z_MK = (x.float() @ w1.float().t()) * x_scale[:, None] * w1_scale
+    if bias is not None:
+        z_MK = z_MK + bias.float()
+    a_MK = ACTIVATIONS[activation](z_MK.bfloat16())
+    values_MS, index_MS = select_groups(a_MK, select)
+    inverse_M1 = (torch.ones_like(row_scale) / row_scale)[:, None]
+    return quantize(values_MS, inverse_M1, x.dtype), index_MS

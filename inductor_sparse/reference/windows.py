@@ -20,7 +20,7 @@ def quantized_weight(
     stride: Sequence[int],
     storage_offset: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`quantize_rows` of a two-dimensional window into ``weight``.
 
     Args:
@@ -31,7 +31,8 @@ def quantized_weight(
         dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
 
     Returns:
-        ``values [N, K]`` of ``dtype``, contiguous, and ``scale [N]`` float32.
+        ``values [N, K]`` of ``dtype``, contiguous, ``scale [N]`` float32, and the
+        largest norm of a row of what these two mean, a scalar in float32.
 
     Raises:
         SparseShapeError: the window leaves the weight or is not 2-D, or a dtype is not
@@ -39,7 +40,9 @@ def quantized_weight(
     """
     check_window(weight, size, stride, storage_offset)
     window = weight.as_strided(size, stride, weight.storage_offset() + storage_offset)
-    return quantize_rows(window, dtype)
+    values, scale_N = quantize_rows(window, dtype)
+    norm_N = torch.linalg.vector_norm(values.float(), dim=1) * scale_N
+    return values, scale_N, torch.nn.functional.pad(norm_N, (0, 1)).amax()  # N may be 0
 
 
 def window_gradient(

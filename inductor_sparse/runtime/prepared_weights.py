@@ -141,15 +141,17 @@ def fetch_quantized(
     stride: Sequence[int],
     storage_offset: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kept quantized copy of a window; see ``reference.quantized_weight``.
 
     Raises:
         SparseShapeError: the window does not lie inside the weight or is not 2-D, or a
             dtype is not supported.
     """
-    values, scale = _fetch(weight, storage_offset, size, stride, dtype, quantized=True)
-    return values, scale
+    values, scale, norm = _fetch(
+        weight, storage_offset, size, stride, dtype, quantized=True
+    )
+    return values, scale, norm
 
 
 def _fetch(

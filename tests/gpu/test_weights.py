@@ -54,8 +54,10 @@ def test_the_copy_is_kept_and_follows_the_weight(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_quantized_copies(dtype: torch.dtype) -> None:
     weight = parameter()
-    values, scale = QUANTIZED(weight, [256, 512], [512, 1], 0, dtype)
-    error = values.float() * scale[:, None] - weight.float()
+    values, scale, norm = QUANTIZED(weight, [256, 512], [512, 1], 0, dtype)
+    meant = values.float() * scale[:, None]
+    torch.testing.assert_close(norm, meant.norm(dim=1).amax())
+    error = meant - weight.float()
     assert error.abs().max() < weight.abs().max() / 15
     assert QUANTIZED(weight, [256, 512], [512, 1], 0, dtype)[0].data_ptr() == (
         values.data_ptr()

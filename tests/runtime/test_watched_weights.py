@@ -104,12 +104,13 @@ def test_quantized_copies_are_kept_and_follow_the_weight() -> None:
     op = torch.ops.inductor_sparse.quantized_weight
     weight = torch.randn(48, 80)
 
-    def quantized() -> tuple[Tensor, Tensor]:
+    def quantized() -> tuple[Tensor, Tensor, Tensor]:
         return op(weight, [48, 80], [80, 1], 0, torch.int8)
 
-    values, scale = quantized()
+    values, scale, norm = quantized()
     assert quantized()[0].data_ptr() == values.data_ptr()
-    assert prepared_weights.nbytes() == values.nbytes + scale.nbytes
+    assert prepared_weights.nbytes() == values.nbytes + scale.nbytes + 4
     weight.mul_(2)
     assert torch.equal(quantized()[0], values)
     torch.testing.assert_close(quantized()[1], 2 * scale)
+    torch.testing.assert_close(quantized()[2], 2 * norm)
