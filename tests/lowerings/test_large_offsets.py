@@ -55,11 +55,11 @@ def meta(*shape: int, dtype: torch.dtype = FP16) -> Tensor:
 
 
 class Kernel:
-    """The first kernel that is generated for a call."""
+    """The kernel that is generated for a call as the one of number ``at``."""
 
-    def __init__(self, fn: Callable[..., Any], *inputs: Tensor) -> None:
+    def __init__(self, fn: Callable[..., Any], *inputs: Tensor, at: int = 0) -> None:
         code = generate(fn, *inputs).code
-        self.name, self.text = next(iter(triton_sources(code).items()))
+        self.name, self.text = list(triton_sources(code).items())[at]
         found = re.findall(r"^ +(\w+) : tl.constexpr = (\d+)$", self.text, re.M)
         self.constants = {name: int(value) for name, value in found}
 
@@ -91,11 +91,41 @@ def test_rows_of_a_weight_are_read(
     torch.testing.assert_close(result, z[:, active].float() @ wide)
 
 
-@pytest.mark.parametrize("M", [1, 4])
-def test_rows_of_open_gates_are_read(
-    M: int, memory: Make, interpreter: Interpreter
+@pytest.mark.parametrize("batches", [(), (3,)], ids=["matrix", "batch"])
+def test_results_of_many_tokens(
+    batches: tuple[int, ...], memory: Make, interpreter: Interpreter
 ) -> None:
-    F, D, N = 2**26, 64, 8
+    M, K, N = 2**15, 16, 2**17
+    inputs = meta(*batches, M, K), meta(*batches, K, N)
+    call = lambda z, w: sparse.activation_spmm(z, w, "relu")  # noqa: E731
+    kernel, total = (Kernel(call, *inputs, at=at) for at in (0, 1))
+    splits, columns = kernel.constants["SPLITS"], kernel.constants["BN"]
+    tokens = kernel.constants["TOKENS"]
+    z, w = memory(*batches, M, K), memory(*batches, K, N)
+    last_z = torch.randint(-3, 4, (tokens, K)).to(FP16)
+    last_w = torch.randint(-3, 4, (K, columns)).to(FP16)
+    z.tensor().view(-1, K)[-tokens:] = last_z
+    w.tensor().view(-1, N)[-K:, -columns:] = last_w
+    blocks = z.size // K // tokens
+    scratch = memory(blocks * splits * (tokens + 1) * 1024, dtype=torch.int32)
+    sums = memory(splits, *batches, M, N, dtype=torch.float32)
+    last = (N // columns - 1, splits - 1, blocks - 1)
+    args = (z, w, scratch, sums)
+    interpreter.run(kernel.text, kernel.name, (1, 1, 1), *args, first=last)
+    expected = last_z.relu() @ last_w
+    found = sums.tensor().view(splits, -1, N)[-1, -tokens:, -columns:]
+    assert torch.equal(found, expected.float())
+    result, width = memory(*batches, M, N), total.constants["BN"]
+    last = (N // width - 1, z.size // K - 1, 0)
+    interpreter.run(total.text, total.name, (1, 1, 1), sums, result, first=last)
+    assert torch.equal(result.tensor()[-width:], expected[-1, -width:])
+
+
+@pytest.mark.parametrize(("M", "F"), [(1, 2**26), (4, 2**30)])
+def test_rows_of_open_gates_are_read(
+    M: int, F: int, memory: Make, interpreter: Interpreter
+) -> None:
+    D, N = 64, 8
     kernel = Kernel(
         lambda *args: sparse.glu_spmm(*args, "relu"),
         *(meta(M, F), meta(M, D), meta(F, D), meta(F, N)),
@@ -134,7 +164,7 @@ def test_packing(memory: Make, interpreter: Interpreter) -> None:
 def test_packing_in_8_bits(
     whole: bool, eager: bool, memory: Make, interpreter: Interpreter
 ) -> None:
-    M, K = (2**21, 4096) if whole else (2**17, 40960)
+    M, K = (2**24, 4096) if whole else (2**20, 40960)
     way = ("relu", "largest")
     x, values = memory(M, K), memory(M, K // 2, dtype=INT8)
     words = memory(*formats.metadata_shape(M, K), dtype=torch.int32)
