@@ -30,6 +30,9 @@ from inductor_sparse.reference.selection import select_groups
 SMALLEST_AMAX = 2.0**-118
 """Rows below are scaled as if it were their amax: the inverse would be infinite."""
 
+SMALLEST_SCALE = 2.0**-118
+"""Of those that are predicted; a subnormal one might be taken for 0 somewhere."""
+
 
 def row_scales(a_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(scale [M], inverse [M])`` in float32 of the rows of a floating tensor."""
@@ -120,7 +123,8 @@ def predicted_scale(
     of e4m3 has room for.  What rounding adds is less than half a step up there.
 
     A row that holds NaN or Inf has the scale NaN or Inf, and so has every row if the
-    weight does, or a row whose bound overflows.  The scale is never 0.
+    weight does, or a row whose bound overflows.  No scale is below
+    :data:`SMALLEST_SCALE`.
 
     Args:
         x: ``[M, D]`` in e4m3.
@@ -138,7 +142,8 @@ def predicted_scale(
         bound_M = (bound_M + bias.float().amax()).clamp(min=0.0)
     if activation == "relu2":
         bound_M = bound_M.square()
-    return bound_M.clamp(min=SMALLEST_AMAX) / QUANTIZED_LIMITS[torch.float8_e4m3fn]
+    limit = QUANTIZED_LIMITS[torch.float8_e4m3fn]
+    return (bound_M / limit).clamp(min=SMALLEST_SCALE)
 
 
 def linear_sparsify24_quantized(
