@@ -57,8 +57,9 @@ class PassContext:
     ``options`` is a snapshot of the ``sparse.*`` options without their prefix; missing
     ones have their configured value.  ``static_inputs`` names the placeholders that are
     parameters or buffers, ``untracked_inputs`` those whose changes cannot be noticed.
-    ``demoted`` maps sites that must stay dense to the reason why.  ``architecture``
-    tells what the kernels of a device are looked up by.
+    ``demoted`` maps sites that were too dense at run time to the number of tokens from
+    which on they must not skip; it is None if none could be compiled again.
+    ``architecture`` tells what the kernels of a device are looked up by.
     """
 
     options: Mapping[str, Any]
@@ -67,7 +68,7 @@ class PassContext:
     static_inputs: frozenset[str] = frozenset()
     untracked_inputs: frozenset[str] = frozenset()
     plan: Plan | None = None
-    demoted: Mapping[str, Reason] = dataclasses.field(default_factory=dict)
+    demoted: Mapping[str, int] | None = None
     observers: list[Observer] = dataclasses.field(default_factory=list)
     architecture: Callable[[torch.device], str] = profitability.architecture
 
@@ -79,6 +80,26 @@ class PassContext:
     def cuda_graphs(self) -> bool:
         """Whether CUDA graphs will launch the kernels of this graph."""
         return bool(self.option("cuda_graphs")) or uses_cuda_graphs()
+
+    def demoted_from(self, site: str) -> int | None:
+        """The number of tokens from which on a site was too dense, or None."""
+        return (self.demoted or {}).get(site)
+
+    def can_demote(self, arch: str, dtype: str) -> bool:
+        """Whether a site of a GPU that is too dense at run time goes back to dense.
+
+        Nobody looks at the counters of a graph that its caller captures and replays,
+        and what a model needs while it is trained says little.
+        """
+        unobserved = self.is_training or self.option("cuda_graphs")
+        untried = bool(self.option("allow_unverified"))
+        return (
+            self.demoted is not None
+            and not unobserved
+            and profitability.has_kernel(
+                arch, "site_counters", dtype, unverified=untried
+            )
+        )
 
     @property
     def disabled_rules(self) -> frozenset[str]:

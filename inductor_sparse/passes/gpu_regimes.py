@@ -77,9 +77,14 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The numbers of tokens at which the regimes of a site end and begin."""
+    """The numbers of tokens at which the regimes of a site end and begin.
+
+    Without what was observed at run time the first would have ended at
+    ``expected_up_to``.
+    """
 
     skip_up_to: int
+    expected_up_to: int
     pack_from: int | None
     graphs: bool
 
@@ -122,17 +127,19 @@ def choose(
 ) -> Choice | Rejection:
     """The regime for the number of tokens of a site among those without obstacle."""
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
-    density, graphs = decision.density, context.cuda_graphs
-    how = {"gated": gated, "graphs": graphs}
     limits = Limits(
-        cuda.decode_max_tokens(K, N, site.dtype, density, **how)
+        *_skip_up_to(site, decision, context, gated)
         if Regime.SKIP in obstacles
-        else 0,
+        else (0, 0),
         packing.min_tokens(K, N) if _may_pack(obstacles, packing, decision) else None,
-        graphs,
+        context.cuda_graphs,
     )
     if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
-        gain = cuda.decode_gain(M, K, N, site.dtype, density, **how)
+        gain = cuda.decode_gain(
+            *(M, K, N, site.dtype, decision.density),
+            gated=gated,
+            graphs=context.cuda_graphs,
+        )
         return Choice(Regime.SKIP, gain, str(limits))
     forced = context.option("activation_format") == "2:4"
     if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):
@@ -140,6 +147,23 @@ def choose(
         choice = Choice(Regime.PACK, gain, f"{limits}{packing.note}", packing.quantized)
         return loses_too_much(decision, context) or choice
     return _refusal(obstacles, limits, M)
+
+
+def _skip_up_to(
+    site: Site, decision: Decision, context: PassContext, gated: bool
+) -> tuple[int, int]:
+    """Up to how many tokens a site may skip, and would but for what was observed."""
+    _, K, N = (size_hint(size) or 0 for size in site.sizes)
+    expected = cuda.decode_max_tokens(
+        *(K, N, site.dtype, decision.density),
+        gated=gated,
+        graphs=context.cuda_graphs,
+        observed=context.can_demote(decision.arch, site.dtype),
+    )
+    demoted_from = context.demoted_from(decision.site)
+    if demoted_from is None:
+        return expected, expected
+    return min(expected, cuda.decode_tokens_below(demoted_from)), expected
 
 
 def _may_pack(obstacles: Obstacles, packing: Packing, decision: Decision) -> bool:
@@ -183,6 +207,12 @@ def loses_too_much(decision: Decision, context: PassContext) -> Rejection | None
 
 def _refusal(obstacles: Obstacles, limits: Limits, tokens: int) -> Rejection:
     """Why none of the regimes is taken for so many tokens."""
+    if limits.skip_up_to < tokens <= limits.expected_up_to:
+        return Rejection(
+            Reason.TOO_DENSE,
+            "observed at run time: skipping zeros did not pay; torch._dynamo.reset() "
+            f"forgets that; {limits}",
+        )
     wanted = None
     if tokens <= limits.skip_up_to:
         wanted = obstacles.get(Regime.SKIP)

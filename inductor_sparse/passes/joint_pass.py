@@ -26,7 +26,7 @@ from inductor_sparse._compat import (
     traced_static_positions,
 )
 from inductor_sparse._compat import GraphPass as GraphPassFunction
-from inductor_sparse.decisions import GraphDecisions, Reason
+from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.dumps import DumpWriter
 from inductor_sparse.passes.base import Observer, PassContext
 from inductor_sparse.passes.rule_identity import rule_identity
@@ -42,7 +42,8 @@ class SparsePass(CustomGraphPass):
     Args:
         options: the ``sparse.*`` options, without their prefix.
         user_passes: what the slot held before; they run first.
-        demoted: sites that must stay dense, with the reason.
+        demoted: sites that were too dense at run time, and from how many tokens on;
+            None if no such site could be compiled again.
         untracked_positions: positions of Dynamo's inputs that are inference tensors.
         dynamo_graph: the graph Dynamo handed to the backend; it tells which inputs are
             parameters.  An inference graph, or an exported one, says so itself.
@@ -59,13 +60,13 @@ class SparsePass(CustomGraphPass):
         options: Mapping[str, Any],
         user_passes: Sequence[GraphPassFunction] = (),
         *,
-        demoted: Mapping[str, Reason] | None = None,
+        demoted: Mapping[str, int] | None = None,
         untracked_positions: frozenset[int] = frozenset(),
         dynamo_graph: fx.GraphModule | None = None,
     ) -> None:
         self.options = dict(options)
         self.user_passes = tuple(user_passes)
-        self.demoted = dict(demoted or {})
+        self.demoted = None if demoted is None else dict(demoted)
         self.graphs: list[GraphDecisions] = []
         self.writer: DumpWriter | None = None
         path = str(self.options.get("plan", ""))
@@ -130,7 +131,7 @@ class SparsePass(CustomGraphPass):
             return None
         options = sorted((name, repr(value)) for name, value in self.options.items())
         plan = self._plan.to_dict() if self._plan is not None else None
-        demoted = sorted((site, reason.value) for site, reason in self.demoted.items())
+        demoted = None if self.demoted is None else sorted(self.demoted.items())
         parts = (source_hash(), options, plan, demoted, user_ids)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -1,14 +1,14 @@
 """Have the kernels of a graph count how dense their activations are.
 
-- ``activation_spmm(z, w, act)`` of many rows on a CPU becomes
-  ``activation_spmm(z, w, act, site_counters(input, site))``
+- ``activation_spmm(z, w, act)`` becomes
+  ``activation_spmm(z, w, act, site_counters(input, site))``, and so does ``glu_spmm``
 - ``sparsify24(z, act, select)`` becomes
   ``sparsify24(z, act, select, site_energy(input, site))``, and so do its kin
 
 At run time a site that is mostly too dense to win is compiled again, dense
 (:mod:`inductor_sparse.runtime.adaptation`), and one that loses more than it should in
-the 2:4 format is named.  A few rows win at any density, so a graph that decodes is not
-observed and pays nothing.
+the 2:4 format is named.  On a CPU a few rows win at any density: a graph that decodes
+there is not observed, and pays nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from inductor_sparse import profitability
+from inductor_sparse._compat import size_hint
 from inductor_sparse.passes.base import PassContext
 from inductor_sparse.passes.fx_utils import input_of, insert_call, is_call, tensor_of
 from inductor_sparse.passes.sites import SITE_KEY
 
 _ops = torch.ops.inductor_sparse
-_OP = _ops.activation_spmm.default
+_COUNTERS_ARGUMENT = {_ops.activation_spmm.default: 3, _ops.glu_spmm.default: 5}
+"""The position of the counters among the arguments of the ops that skip."""
+
+ON_CPU = ("cpu",)
+"""Types of devices whose kernels judge each call by themselves."""
+
 _ENERGY_ARGUMENT = {
     _ops.sparsify24.default: 3,
     _ops.sparsify24_quantized.default: 4,
@@ -51,13 +57,41 @@ class ObserveDensity:
             op="call_function", target=_ops.sparse24_mm.default
         ):
             _observe_energy(node, context)
-        for node in graph.find_nodes(op="call_function", target=_OP):
-            anchor = _anchor(node, context)
-            if anchor is not None and _can_lose(node):
-                site = str(node.meta.get(SITE_KEY, node.name))
-                target = _ops.site_counters.default
-                counters = insert_call(node, target, (anchor, site))
-                node.args = (*node.args[:3], counters)
+        for op, position in _COUNTERS_ARGUMENT.items():
+            for node in graph.find_nodes(op="call_function", target=op):
+                _observe_density(node, position, context)
+
+
+def _observe_density(kernel: fx.Node, position: int, context: PassContext) -> None:
+    anchor, limits = _anchor(kernel, context), _limits(kernel, context)
+    if anchor is None or limits is None:
+        return
+    site = str(kernel.meta.get(SITE_KEY, kernel.name))
+    target = _ops.site_counters.default
+    counters = insert_call(kernel, target, (anchor, site, *limits))
+    before, after = kernel.args[:position], kernel.args[position + 1 :]
+    kernel.args = (*before, counters, *after)
+
+
+def _limits(
+    kernel: fx.Node, context: PassContext
+) -> tuple[float, int] | tuple[()] | None:
+    """What ``site_counters`` has to know about a kernel, None if that cannot lose."""
+    z = tensor_of(kernel.args[0])
+    gated = is_call(kernel, {_ops.glu_spmm.default})
+    w = tensor_of(kernel.args[3 if gated else 1])
+    assert z is not None and w is not None
+    if z.device.type in ON_CPU:
+        few = statically_known_true(z.shape[-2] <= profitability.ALWAYS_WINS_TOKENS)
+        return None if gated or few else ()
+    dtype = str(z.dtype).removeprefix("torch.")
+    if not context.can_demote(context.architecture(z.device), dtype):
+        return None
+    M, K, N = (size_hint(size) or 0 for size in (z.shape[-2], *w.shape[-2:]))
+    break_even = profitability.cuda.break_even_union(
+        M, K, N, dtype, gated=gated, graphs=context.cuda_graphs
+    )
+    return (round(break_even, 3), M) if break_even < 1 else None
 
 
 def _observe_energy(product: fx.Node, context: PassContext) -> None:
@@ -72,16 +106,6 @@ def _observe_energy(product: fx.Node, context: PassContext) -> None:
     site = str(product.meta.get(SITE_KEY, product.name))
     energy = insert_call(packed, _ops.site_energy.default, (anchor, site))
     packed.args = (*packed.args, energy)
-
-
-def _can_lose(node: fx.Node) -> bool:
-    # On a GPU there are only sites of a few tokens, and nothing is counted.
-    z = tensor_of(node.args[0])
-    return (
-        z is not None
-        and z.device.type == "cpu"
-        and not statically_known_true(z.shape[-2] <= profitability.ALWAYS_WINS_TOKENS)
-    )
 
 
 def _anchor(kernel: fx.Node, context: PassContext) -> fx.Node | None:

@@ -29,18 +29,11 @@ def choose(
     found = too_dense(decision, context)
     if site.device in ON_GPU:
         return found or choose_on_gpu(rule, site, decision, context)
-    return found or _choose_on_cpu(rule, site, decision)
+    return found or _choose_on_cpu(rule, site, decision, context)
 
 
 def too_dense(decision: Decision, context: PassContext) -> Rejection | None:
-    """Why a site has too few zeros on any device, or None."""
-    demoted = context.demoted.get(decision.site)
-    if demoted is not None:
-        return Rejection(
-            demoted,
-            "observed at run time: skipping zeros did not pay; "
-            "torch._dynamo.reset() forgets that",
-        )
+    """Why a site has too few zeros by its plan, or None."""
     limit = float(context.option("max_density"))
     if decision.density is not None and decision.density > limit:
         return Rejection(
@@ -51,7 +44,15 @@ def too_dense(decision: Decision, context: PassContext) -> Rejection | None:
     return None
 
 
-def _choose_on_cpu(rule: Rule, site: Site, decision: Decision) -> Choice | Rejection:
+def _choose_on_cpu(
+    rule: Rule, site: Site, decision: Decision, context: PassContext
+) -> Choice | Rejection:
+    if context.demoted_from(decision.site) is not None:
+        return Rejection(
+            Reason.TOO_DENSE,
+            "observed at run time: skipping zeros did not pay; "
+            "torch._dynamo.reset() forgets that",
+        )
     if not profitability.has_kernel(decision.arch, rule.op, site.dtype):
         return Rejection(
             Reason.NO_KERNEL_YET,

@@ -15,6 +15,7 @@ Shape legend: M tokens (rows of the activation), K reduction, N output features.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -80,6 +81,45 @@ def union_density(density: float, M: int) -> float:
     return float(1.0 - (1.0 - min(1.0, density)) ** M)
 
 
+@dataclasses.dataclass(frozen=True)
+class _DecodeCost:
+    """Microseconds for M tokens: all of the weight, what skipping takes besides, dense.
+
+    ``host_us`` is the least that skipping takes, 0 under CUDA graphs.
+    """
+
+    weight_us: float
+    fixed_us: float
+    dense_us: float
+    host_us: float
+
+    def gain(self, union: float) -> float:
+        """Dense time / time of skipping, if tokens need that fraction of neurons."""
+        skipping_us = self.fixed_us + self.weight_us * union
+        return self.dense_us / max(skipping_us, self.host_us)
+
+    def break_even(self) -> float:
+        """The fraction of neurons above which skipping loses; 0 if it always does."""
+        if self.host_us > self.dense_us:
+            return 0.0
+        return max(0.0, (self.dense_us - self.fixed_us) / self.weight_us)
+
+
+def _decode_cost(
+    M: int, K: int, N: int, dtype: str, gated: bool, graphs: bool
+) -> _DecodeCost:
+    weights = 2 if gated else 1
+    weight_us = weights * K * N * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
+    activation_us = 2 * M * (K + N) * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
+    steps = _GATED_FIXED_US if gated else _DECODE_FIXED_US
+    fixed_us = next((steps[most] for most in steps if most >= M), math.inf)
+    dense_us, host_us = weights * _DENSE_FIXED_US + weight_us, 0.0
+    if not graphs:
+        dense_us = max(dense_us, weights * _DENSE_HOST_US)
+        host_us = weights * _SKIPPING_HOST_US
+    return _DecodeCost(weight_us, fixed_us + activation_us, dense_us, host_us)
+
+
 def decode_gain(
     M: int,
     K: int,
@@ -102,18 +142,25 @@ def decode_gain(
         graphs: whether kernels are launched by CUDA graphs.
     """
     known = ASSUMED_DENSITY if density is None else density
-    weights = 2 if gated else 1
-    weight_us = weights * K * N * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
-    activation_us = 2 * M * (K + N) * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
-    dense_us = weights * _DENSE_FIXED_US + weight_us
-    steps = _GATED_FIXED_US if gated else _DECODE_FIXED_US
-    fixed_us = next((steps[most] for most in steps if most >= M), math.inf)
-    rows_us = weight_us * union_density(known, M)
-    skipping_us = fixed_us + activation_us + rows_us
-    if not graphs:
-        dense_us = max(dense_us, weights * _DENSE_HOST_US)
-        skipping_us = max(skipping_us, weights * _SKIPPING_HOST_US)
-    return round(dense_us / skipping_us, 2)
+    cost = _decode_cost(M, K, N, dtype, gated, graphs)
+    return round(cost.gain(union_density(known, M)), 2)
+
+
+def break_even_union(
+    M: int,
+    K: int,
+    N: int,
+    dtype: str,
+    *,
+    gated: bool = False,
+    graphs: bool = True,
+) -> float:
+    """The fraction of neurons that M tokens may need together before skipping loses.
+
+    0 if it always does, 1 or more if it never does; arguments as for
+    :func:`decode_gain`.
+    """
+    return _decode_cost(M, K, N, dtype, gated, graphs).break_even()
 
 
 def decode_max_tokens(
@@ -124,11 +171,12 @@ def decode_max_tokens(
     *,
     gated: bool = False,
     graphs: bool = True,
+    observed: bool = False,
 ) -> int:
     """Up to how many tokens skipping is expected to win; 0 if never.
 
-    Nothing counts the activations of a decoding GPU, so a site that no plan has
-    measured must not lose either if its model was never trained.
+    A site that no plan has measured, and that is not ``observed`` either, so that it
+    would go back to dense, must not lose if its model was never trained.
     """
 
     def gain(M: int, at: float | None) -> float:
@@ -136,12 +184,18 @@ def decode_max_tokens(
 
     def is_safe(M: int) -> bool:
         least = UNTRAINED_ONE_TOKEN if M == 1 else MARGIN
-        return density is not None or gain(M, UNTRAINED_DENSITY) >= least
+        known = observed or density is not None
+        return known or gain(M, UNTRAINED_DENSITY) >= least
 
     def wins(M: int) -> bool:
         return is_safe(M) and gain(M, density) >= MARGIN
 
     return max((M for M in DECODE_TOKENS if wins(M)), default=0)
+
+
+def decode_tokens_below(tokens: int) -> int:
+    """The last number of :data:`DECODE_TOKENS` below another one; 0 if none is."""
+    return max((most for most in DECODE_TOKENS if most < tokens), default=0)
 
 
 def _dense_us(M: int, K: int, N: int, dtype: str) -> float:

@@ -21,7 +21,8 @@ KERNELS: dict[str, dict[str, frozenset[str]]] = {
 }
 """Architecture -> op -> dtypes for which a kernel exists and was run there."""
 
-_DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE}
+# A kernel for site_counters: those that skip count the neurons that they read.
+_DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE, "site_counters": _WIDE}
 _PACKED = {**_DECODE, "sparsify24": _HALF, "sparse24_mm": _HALF}
 # Of activation_spmm an 8-bit dtype is that of the rows of the weight.
 _INT8_ROWS = {**_PACKED, "activation_spmm": _WIDE | {"int8"}}
@@ -31,7 +32,7 @@ UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "sm_80": _INT8_ROWS,
     "sm_86": _INT8_ROWS,
     "sm_89": _BYTE_ROWS,
-    "sm_90": {"activation_spmm": _BYTE},
+    "sm_90": {"activation_spmm": _BYTE, "site_counters": _WIDE},
     "sm_100": _BYTE_ROWS,
     "sm_120": _DECODE,
     "gfx942": _PACKED,

@@ -2,9 +2,11 @@
 
 A kernel counts the calls of its site, and those whose activation was too dense for
 skipping to win.  ``site_counters`` hands it the counters, and every so often looks at
-them.  A site that is mostly too dense is *demoted*: the code object of its graph is
-given back to Dynamo, whose next call compiles it again with that site left dense, at
-exactly the speed it would have had.
+them; those of a GPU are looked at by :mod:`~inductor_sparse.runtime.density_gate`.  A
+site that is mostly too dense is *demoted*: the code object of its graph is given back
+to Dynamo, whose next call compiles it again with that site left dense, at exactly the
+speed it would have had.  On a GPU it is dense from the number of tokens on at which it
+was too dense: fewer of them need fewer neurons.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import _compat, ops
-from inductor_sparse.decisions import Reason
+from inductor_sparse.runtime.density_gate import Finding, Gate
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +45,21 @@ class _Current(threading.local):
     """The code object whose graph this thread is running, and what it found there."""
 
     code: _Code | None = None
-    found: dict[str, float] | None = None
+    gate: Gate | None = None
+    found: dict[str, Finding] | None = None
 
 
 _current = _Current()
 # Code objects are kept by identity: two with the same text are equal.
 _counters: dict[tuple[int, str], _Counters] = {}
-_demoted: dict[int, dict[str, Reason]] = {}
+_demoted: dict[int, dict[str, int]] = {}
 _kept: dict[int, _Code] = {}
 _lock = threading.Lock()
 
 
-def site_counters(anchor: Tensor, site: str) -> Tensor:
+def site_counters(
+    anchor: Tensor, site: str, max_density: float = 1.0, tokens: int = 1
+) -> Tensor:
     """The counters of a site of the running graph; see :func:`ops.site_counters`."""
     key = (id(_current.code), site)
     counters = _counters.get(key)
@@ -67,12 +72,21 @@ def site_counters(anchor: Tensor, site: str) -> Tensor:
     return counters.values
 
 
+def gpu_site_counters(
+    anchor: Tensor, site: str, max_density: float = 1.0, tokens: int = 1
+) -> Tensor:
+    """The same on a GPU; outside of a graph that could be demoted nobody reads them."""
+    if _current.gate is None:
+        return ops.site_counters(anchor, site)
+    return _current.gate.counters(anchor, site, max_density, tokens)
+
+
 def _look(site: str, values: Tensor) -> None:
     """Note a site most of whose calls were too dense, and start a new window."""
     calls, dense_calls, kept, elements = values.tolist()
     if calls and 2 * dense_calls > calls:
         found = _current.found = _current.found or {}
-        found[site] = kept / max(1, elements)
+        found[site] = Finding(kept / max(1, elements))
     values.zero_()
 
 
@@ -84,41 +98,48 @@ def observed(compiled: Callable[..., Any], code: _Code | None) -> Callable[..., 
     if code is None:
         return compiled
     _kept[id(code)] = code
+    gate = Gate()
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:
-        outer = _current.code
-        _current.code = code
+        outer = _current.code, _current.gate
+        _current.code, _current.gate = code, gate
         try:
             return compiled(*args)
         finally:
-            _current.code = outer
-            if _current.found:
-                _demote(code, _current.found)
-                _current.found = None
+            _current.code, _current.gate = outer
+            found = {**(_current.found or {}), **gate.look()}
+            _current.found = None
+            if found:
+                _demote(code, found)
 
     return call
 
 
-def _demote(code: _Code, found: Mapping[str, float]) -> None:
+def _demote(code: _Code, found: Mapping[str, Finding]) -> None:
     with _lock:
         sites = _demoted.setdefault(id(code), {})
-        new = {site: density for site, density in found.items() if site not in sites}
-        sites.update(dict.fromkeys(new, Reason.TOO_DENSE))
-    for site, density in new.items():
-        log.info(
-            "%s: %.0f %% of its activations are not zero; it goes back to dense",
-            site,
-            100 * density,
-        )
+        new = {
+            site: finding
+            for site, finding in found.items()
+            if site not in sites or finding.tokens < sites[site]
+        }
+        sites.update((site, finding.tokens) for site, finding in new.items())
+    for site, finding in new.items():
+        log.info("%s: %s; it goes back to dense", site, finding)
     if new:
         _compat.recompile_on_next_call(code)
 
 
-def demoted(code: _Code | None) -> dict[str, Reason]:
-    """Sites of this code object that must stay dense, and why."""
+def demoted(code: _Code | None) -> dict[str, int] | None:
+    """Sites of this code object that must stay dense, and from how many tokens on.
+
+    None without a code object: nothing could be demoted.
+    """
+    if code is None:
+        return None
     with _lock:
-        return dict(_demoted.get(id(code), {})) if code is not None else {}
+        return dict(_demoted.get(id(code), {}))
 
 
 def reset() -> None:
@@ -131,3 +152,4 @@ def reset() -> None:
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")
 _library.impl("site_counters", site_counters, "CPU")
+_library.impl("site_counters", gpu_site_counters, "CUDA")

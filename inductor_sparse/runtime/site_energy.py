@@ -10,20 +10,20 @@ there.  A site that drops too much is then reported once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inductor_sparse import config, ops
-from inductor_sparse.runtime.graph_pools import outside_graph_pools
+from inductor_sparse.runtime import device_sums
+from inductor_sparse.runtime.device_sums import Copies
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ class _Site:
     calls: int = 0
     graphs: list[_Graph] = dataclasses.field(default_factory=list)
     tries: int = 0
-    copy: Tensor | None = None
-    event: Any = None
+    copy: Copies | None = None
 
     def energy(self, values: Tensor) -> Energy:
         """What ``values``, a copy of the sums on the host, says."""
@@ -106,14 +105,13 @@ def site_energy(anchor: Tensor, site: str) -> Tensor:
     state = _sites.get(key)
     graph = _current.graph
     if state is None:
-        if _is_capturing(anchor.device):
+        if device_sums.is_capturing(anchor.device):
             return ops.site_energy(anchor, site)
         limit = config.max_dropped_energy if graph is None else graph.limit
         with _lock:
             if key not in _sites:
-                values = outside_graph_pools(
-                    anchor.device, functools.partial(_zeros, anchor.device)
-                )
+                shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
+                values = device_sums.zeros(shape, torch.float64, anchor.device)
                 _sites[key] = _Site(site, values, limit)
                 _unsettled.append(_sites[key])
             state = _sites[key]
@@ -151,47 +149,25 @@ def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
     return call
 
 
-def _zeros(device: torch.device) -> Tensor:
-    shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
-    return torch.zeros(shape, dtype=torch.float64, device=device)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _look(state: _Site) -> None:
     """Start the copy of a site's sums, or judge it if it has arrived."""
-    if _is_capturing(state.values.device) or not _lock.acquire(blocking=False):
+    device = state.values.device
+    if device_sums.is_capturing(device) or not _lock.acquire(blocking=False):
         return
     try:
         if state not in _unsettled:
             return
         if state.copy is None:
-            state.copy, state.event = _start_copies([state.values])
-        elif state.event is None or state.event.query():
-            energy = state.energy(state.copy[0])
-            state.copy = state.event = None
+            state.copy = device_sums.start_copies([state.values])
+        elif state.copy.have_arrived():
+            energy = state.energy(state.copy.values[0])
+            state.copy = None
             state.tries += 1
             if energy.total or state.tries == TRIES:
                 _unsettled.remove(state)
                 _judge(energy, state.limit)
     finally:
         _lock.release()
-
-
-def _start_copies(values: Sequence[Tensor]) -> tuple[Tensor, Any]:
-    """Copies of sums on one device, and the event behind them; None for a CPU."""
-    device = values[0].device
-    if device.type != "cuda":
-        return torch.stack(tuple(values)).cpu(), None
-    copies = torch.empty(
-        (len(values), *values[0].shape), dtype=torch.float64, pin_memory=True
-    )
-    with torch.cuda.device(device):
-        for copy, sums in zip(copies, values, strict=True):
-            copy.copy_(sums, non_blocking=True)
-        return copies, torch.cuda.current_stream(device).record_event()
 
 
 def _judge(energy: Energy, limit: float) -> None:
@@ -221,20 +197,11 @@ def read() -> list[Energy]:
     found: dict[_Site, Energy] = {}
     for device in dict.fromkeys(state.values.device for state in states):
         here = [state for state in states if state.values.device == device]
-        with _own_stream(device):
-            copies, event = _start_copies([state.values for state in here])
-        if event is not None:
-            event.synchronize()
-        for state, copy in zip(here, copies, strict=True):
+        with device_sums.own_stream(device):
+            copies = device_sums.start_copies([state.values for state in here])
+        for state, copy in zip(here, copies.wait(), strict=True):
             found[state] = state.energy(copy)
     return [found[state] for state in states]
-
-
-def _own_stream(device: torch.device) -> Any:
-    """A context in which copies from ``device`` wait for nothing that is queued."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")

@@ -1,0 +1,173 @@
+"""Sites of a GPU whose tokens need too many neurons: found without waiting for it."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from inductor_sparse import _compat, ops
+from inductor_sparse.runtime import adaptation, density_gate, device_sums
+from inductor_sparse.runtime.density_gate import FIRST_LOOK, MOST_CALLS, Finding, Gate
+
+DOWN, UP = "layers.0.down:64x16", "layers.1.down:64x16"
+ANCHOR = torch.zeros(1)
+Found = dict[str, Finding]
+
+
+class Device:
+    """A device whose copies arrive when they are told to."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+        self.arrived = self.capturing = False
+
+    def query(self) -> bool:
+        return self.arrived
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made, start = Device(), device_sums.start_copies
+
+    def start_late(sums: list[torch.Tensor]) -> device_sums.Copies:
+        made.copies += 1
+        return device_sums.Copies(start(sums).values, made)
+
+    monkeypatch.setattr(device_sums, "start_copies", start_late)
+    monkeypatch.setattr(device_sums, "is_capturing", lambda device: made.capturing)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def recompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[types.CodeType]]:
+    """The code objects that were given back to Dynamo."""
+    codes: list[types.CodeType] = []
+    monkeypatch.setattr(_compat, "recompile_on_next_call", codes.append)
+    adaptation.reset()
+    yield codes
+    adaptation.reset()
+
+
+def kernel(gate: Gate, kept: int, site: str = DOWN, tokens: int = 4) -> None:
+    """What a kernel of a site with 100 neurons does; more than 60 of them are many."""
+    values = gate.counters(ANCHOR, site, 0.6, tokens)
+    values += torch.tensor([0, 0, kept, 100])
+
+
+def run(gate: Gate, calls: int, step: Callable[[], None]) -> list[Found]:
+    found = []
+    for _ in range(calls):
+        step()
+        found.append(gate.look())
+    return found
+
+
+def test_a_dense_site_is_found_when_its_copy_arrives(device: Device) -> None:
+    gate = Gate()
+
+    def step() -> None:
+        kernel(gate, 80)
+        kernel(gate, 60, UP)
+
+    assert run(gate, FIRST_LOOK + 5, step) == [{}] * (FIRST_LOOK + 5)
+    assert device.copies == 1
+    device.arrived = True
+    assert run(gate, 2, step) == [{DOWN: Finding(0.8, 4)}, {}]
+
+
+def test_a_replayed_graph_asks_for_no_counters(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    values = gate.counters(ANCHOR, DOWN, 0.6, 4)
+    found = run(gate, FIRST_LOOK + 1, lambda: values.add_(torch.tensor([0, 0, 9, 10])))
+    assert found[-1] == {DOWN: Finding(0.9, 4)}
+
+
+def test_looks_become_rare_and_see_what_was_added_since(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    calls, kept = 8 * MOST_CALLS, 0
+
+    def step() -> None:
+        kernel(gate, kept)
+
+    assert not any(run(gate, calls, step))
+    doubled = (MOST_CALLS // FIRST_LOOK).bit_length()
+    assert device.copies == doubled + 7
+    kept = 61
+    found = [finding for finding in run(gate, 2 * MOST_CALLS + 1, step) if finding]
+    assert found[0][DOWN].density <= 0.61
+    assert found[-1] == {DOWN: Finding(0.61, 4)}
+
+
+def test_a_site_that_did_not_run_is_left_alone(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    gate.counters(ANCHOR, DOWN, 0.0, 4)
+    assert not any(run(gate, 4 * FIRST_LOOK, lambda: None))
+
+
+def test_nothing_is_copied_while_a_graph_is_captured(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    first = gate.counters(ANCHOR, DOWN, 0.6, 4)
+    device.capturing = True
+    assert gate.counters(ANCHOR, DOWN, 0.6, 4) is first
+    fresh = gate.counters(ANCHOR, UP, 0.6, 4)
+    assert fresh is not gate.counters(ANCHOR, UP, 0.6, 4)
+    assert not any(run(gate, 4 * FIRST_LOOK, lambda: kernel(gate, 99)))
+    assert device.copies == 0
+    device.capturing = False
+    assert run(gate, 2, lambda: None)[-1] == {DOWN: Finding(0.99, 4)}
+
+
+def test_a_graph_without_counted_sites_is_not_looked_at(device: Device) -> None:
+    assert not any(run(Gate(), 4 * FIRST_LOOK, lambda: None))
+    assert device.copies == 0
+
+
+def test_counters_outlive_the_model_of_a_captured_graph() -> None:
+    gate = Gate()
+    values = gate.counters(ANCHOR, DOWN, 0.6, 4)
+    assert values.tolist() == [0] * len(ops.COUNTERS)
+    assert any(kept is values for kept in density_gate._kept_forever)
+
+
+def graph(code: types.CodeType, kept: int, tokens: int) -> Callable[[], None]:
+    """A compiled graph of a GPU, of which only the kernels run from the second call."""
+    values: list[torch.Tensor] = []
+
+    def compiled() -> None:
+        if not values:
+            values.append(adaptation.gpu_site_counters(ANCHOR, DOWN, 0.6, tokens))
+        values[0].add_(torch.tensor([0, 0, kept, 100]))
+
+    return adaptation.observed(compiled, code)
+
+
+def call(compiled: Callable[[], None], times: int = FIRST_LOOK + 1) -> None:
+    for _ in range(times):
+        compiled()
+
+
+def test_only_as_many_tokens_as_are_too_dense_are_demoted(
+    recompiled: list[types.CodeType], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, adaptation.log.name)
+    code = compile("pass", "decode", "exec")
+    call(graph(code, kept=30, tokens=1))
+    assert adaptation.demoted(code) == {}
+    call(graph(code, kept=90, tokens=8))
+    call(graph(code, kept=70, tokens=4))
+    assert adaptation.demoted(code) == {DOWN: 4}
+    call(graph(code, kept=99, tokens=8))
+    assert adaptation.demoted(code) == {DOWN: 4}
+    assert recompiled == [code, code]
+    assert f"{DOWN}: 4 tokens together need 70 % of its neurons" in caplog.text
+    call(graph(code, kept=61, tokens=1))
+    assert f"{DOWN}: a token needs 61 % of its neurons; it goes back" in caplog.text
+
+
+def test_outside_of_a_graph_counters_are_nobodys() -> None:
+    first, second = (adaptation.gpu_site_counters(ANCHOR, DOWN) for _ in range(2))
+    assert first is not second
