@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import types
 from collections.abc import Callable, Iterator
 
@@ -171,3 +172,30 @@ def test_only_as_many_tokens_as_are_too_dense_are_demoted(
 def test_outside_of_a_graph_counters_are_nobodys() -> None:
     first, second = (adaptation.gpu_site_counters(ANCHOR, DOWN) for _ in range(2))
     assert first is not second
+
+
+def test_two_threads_count_in_the_graphs_that_they_run() -> None:
+    both = threading.Barrier(2, timeout=20)
+    found: dict[str, torch.Tensor] = {}
+
+    def run_graph(name: str) -> None:
+        def compiled() -> None:
+            both.wait()
+            found[name] = adaptation.gpu_site_counters(ANCHOR, DOWN, 0.6, 4)
+            both.wait()
+
+        adaptation.observed(compiled, compile("pass", name, "exec"))()
+
+    other = threading.Thread(target=run_graph, args=("other",))
+    other.start()
+    run_graph("this")
+    other.join()
+    assert found["this"] is not found["other"]
+
+
+def test_a_thread_does_not_wait_for_another_ones_look(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    kernel(gate, 99)
+    with gate._lock:
+        assert not any(run(gate, 2 * FIRST_LOOK, lambda: None))
+    assert device.copies == 0
