@@ -35,13 +35,19 @@ struct Offset {
   }
   __device__ operator long long() const { return at; }
 };
+struct Size {
+  int n;
+  __device__ operator int() const { return n; }
+};
+__device__ inline long long operator*(long long at, Size size) { return at * size.n; }
+__device__ void operator*(int at, Size size) = delete;
 """
 BY_COLUMN = ("bias", "col_scale", "energy")
 """Indexed by a column, of which there are less than 2**31, or by the block."""
 
 
 def checked(source: str) -> str:
-    """``source`` where nothing but a 64-bit number is added to a pointer."""
+    """``source`` where only 64-bit numbers are added to pointers or scaled by sizes."""
     head, kernel = source.split('extern "C"')
     signature, body = kernel.split(") {", 1)
 
@@ -52,6 +58,7 @@ def checked(source: str) -> str:
         return match[0] if kept else f"Wide<{kind}> {name}"
 
     signature = re.sub(r"((?:const )?[\w:]+)\* __restrict__ (\w+)", wide, signature)
+    signature = re.sub(r"const int (\w)\b", r"const Size \1", signature)
     head = head.replace("long long at,", "Offset at,").replace("? at :", "? at.at :")
     assert "Wide<" in signature or "Offset at" in head
     return f'{WIDE}{head}extern "C"{signature}) {{{body}'
@@ -69,9 +76,10 @@ def test_scales_and_plain_stores(out_dtype: torch.dtype) -> None:
         has_col_scale=True,
     )
     nvrtc.compile_source("kernel", checked(source))
-    with pytest.raises(SparseKernelError, match="a 32-bit offset"):
-        narrow = source.replace("out[m * N + n]", "out[(int)m * N + (int)n]")
-        nvrtc.compile_source("kernel", checked(narrow))
+    for narrow, why in (("(int)(m * N + n)", "offset"), ("(int)m * N + n", "deleted")):
+        wrong = source.replace("out[m * N + n]", f"out[{narrow}]")
+        with pytest.raises(SparseKernelError, match=why):
+            nvrtc.compile_source("kernel", checked(wrong))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
