@@ -56,8 +56,8 @@ def densities(text: str) -> list[float]:
     return list_of(lambda part: _number(part, meaning, lambda d: 0 < d < 1))(text)
 
 
-def seconds(text: str) -> float:
-    """A finite duration above zero."""
+def duration(text: str) -> float:
+    """A finite duration above zero, in whatever unit."""
     return _number(text, "a duration above 0", lambda s: 0 < s < float("inf"))
 
 

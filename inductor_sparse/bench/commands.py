@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -41,6 +42,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     pack = _command(kinds, "pack", _bench_pack, "data preparation against a plain copy")
     _add_sizes(pack, DTYPE_NAMES)
     _add_compile(kinds)
+    _add_grid(kinds)
     plot = _command(kinds, "plot", _bench_plot, "draw the rows of `bench ffn`")
     plot.add_argument("rows", type=Path, help="JSONL file written by `bench ffn`")
     plot.add_argument("--out", type=Path, required=True, help="picture to write")
@@ -88,6 +90,22 @@ def _add_gemm(kinds: Any) -> None:
     )
 
 
+def _add_grid(kinds: Any) -> None:
+    """The arguments of ``bench grid``."""
+    summary = "every row behind the tables of a GPU, the most telling ones first"
+    grid = _command(kinds, "grid", _bench_grid, summary)
+    grid.add_argument(
+        "--minutes",
+        type=types.duration,
+        default=30.0,
+        help="begin no row after so many minutes",
+    )
+    grid.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    grid.add_argument(
+        "--json", required=True, metavar="FILE", help="file of rows to go on with"
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser, densities: list[float]) -> None:
     """Arguments on what the data look like."""
     parser.add_argument("--density", type=types.densities, default=densities)
@@ -131,12 +149,18 @@ def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
         "--tokens", type=types.list_of(types.positive), default=[1, 16, 128, 512]
     )
     parser.add_argument(
-        "--seconds", type=types.seconds, default=10.0, help="timing budget of a row"
+        "--seconds", type=types.duration, default=10.0, help="timing budget of a row"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=types.duration,
+        default=float("inf"),
+        help="begin no row after so many minutes",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="add to the --json file, and skip rows that are in it",
+        help="add to the --json file; skip rows that it has from the same protocol",
     )
     _add_device_and_json(parser)
 
@@ -174,15 +198,16 @@ def _bench_ffn(arguments: argparse.Namespace) -> int:
     """``bench ffn``."""
     from inductor_sparse.bench import ffn, tables
 
-    done = frozenset(ffn.row_key(row) for row in _kept_rows(arguments))
+    settings = _settings(arguments)
+    kept = (row for row in _kept_rows(arguments) if ffn.tried(row, settings))
     sweep = ffn.Sweep(
         cases=tuple(_model_cases(arguments)),
         tokens=tuple(arguments.tokens),
         densities=tuple(arguments.density),
         seconds=arguments.seconds,
-        settings=_settings(arguments),
+        settings=settings,
         options={"sparse.activation_format": arguments.activation_format},
-        done=done,
+        done=frozenset(map(ffn.row_key, kept)),
     )
     return _run_bench(
         arguments,
@@ -207,7 +232,11 @@ def _bench_gemm(arguments: argparse.Namespace) -> int:
     """``bench gemm``."""
     from inductor_sparse.bench import gemm, tables
 
-    done = {gemm.row_key(row) for row in _kept_rows(arguments)}
+    done = {
+        gemm.row_key(row)
+        for row in _kept_rows(arguments)
+        if arguments.quick or not gemm.was_quick(row)
+    }
     todo = gemm.cases(
         tokens=arguments.tokens,
         sizes=_sizes(arguments),
@@ -263,6 +292,15 @@ def _bench_compile(arguments: argparse.Namespace) -> int:
     )
 
 
+def _bench_grid(arguments: argparse.Namespace) -> int:
+    """``bench grid``."""
+    from inductor_sparse.bench import grid
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return grid.run(arguments, parser.parse_args)
+
+
 def _bench_plot(arguments: argparse.Namespace) -> int:
     """``bench plot``."""
     from inductor_sparse.bench import plot
@@ -288,6 +326,7 @@ def _run_bench(
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SparseOptionError("--device cuda: torch sees no CUDA device here")
     rows: list[Row] = []
+    end = time.monotonic() + 60 * getattr(arguments, "minutes", float("inf"))
     try:
         with (
             _row_stream(arguments.json, append) as stream,
@@ -298,6 +337,8 @@ def _run_bench(
                 if stream is not None:
                     write_row(row, stream)
                 update("measured", len(rows))
+                if time.monotonic() > end:
+                    break
     finally:
         # An interrupted run still shows what it has.
         if arguments.json != "-" and rows:
@@ -319,14 +360,16 @@ def _row_stream(path: str | None, append: bool) -> Iterator[TextIO | None]:
 
 
 def _kept_rows(arguments: argparse.Namespace) -> list[Row]:
-    """The rows that ``--resume`` need not measure again."""
-    from inductor_sparse.bench.rows import read_rows
+    """The rows that ``--resume`` need not measure again: those of the same method."""
+    from inductor_sparse.bench.rows import PROTOCOL, read_rows
 
     if not arguments.resume:
         return []
     if arguments.json in (None, "-"):
         raise SparseOptionError("--resume needs --json FILE, the file to go on with")
-    return read_rows(arguments.json) if Path(arguments.json).exists() else []
+    if not Path(arguments.json).exists():
+        return []
+    return [row for row in read_rows(arguments.json) if row.get("protocol") == PROTOCOL]
 
 
 def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:

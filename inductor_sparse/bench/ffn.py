@@ -102,6 +102,12 @@ def row_key(row: Row) -> tuple[object, ...]:
     return (*case, row.get("tokens"), row.get("density"))
 
 
+def tried(row: Row, settings: Sequence[Setting]) -> bool:
+    """Whether all of ``settings`` were candidates in a row."""
+    names = row.get("dense_candidates_us", ())
+    return all(setting.name in names for setting in settings)
+
+
 def run(sweep: Sweep, report: Report = lambda message: None) -> Iterator[Row]:
     """Measure the grid, yielding each row as soon as it is known.
 

@@ -118,6 +118,11 @@ def row_key(row: Row) -> tuple[object, ...]:
     return (row.get("op"), *(row.get(field.name) for field in fields))
 
 
+def was_quick(row: Row) -> bool:
+    """Whether a row was measured without what autotunes."""
+    return LEFT_OUT in row.get("unavailable", {}).values()
+
+
 @dataclasses.dataclass(frozen=True)
 class Operands:
     """Both operands in every form a side may need.

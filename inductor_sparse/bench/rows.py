@@ -24,8 +24,11 @@ from inductor_sparse.errors import SparseError
 Row = dict[str, Any]
 COMMIT_VARIABLE = "INDUCTOR_SPARSE_COMMIT"
 """Says what a copy of the checkout was made from, where its git cannot tell."""
-PROTOCOL = 1
-"""Raised whenever a change of method makes rows incomparable with older ones."""
+PROTOCOL = 2
+"""Raised whenever a change of method makes rows incomparable with older ones.
+
+2: one compilation for all data of a shape; errors from rows all over the result.
+"""
 
 
 class RowFileError(SparseError, ValueError):

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from inductor_sparse.bench.rows import PROTOCOL
+
 
 @pytest.fixture
 def ffn_row() -> dict[str, Any]:
@@ -52,6 +54,6 @@ def ffn_row() -> dict[str, Any]:
         "torch": "2.13.0",
         "python": "3.11.7",
         "commit": "0123456789ab",
-        "protocol": 1,
+        "protocol": PROTOCOL,
         "timestamp": "2026-01-02T03:04:05+00:00",
     }

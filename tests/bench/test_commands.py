@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from inductor_sparse import cli
-from inductor_sparse.bench import ffn, gemm, pack
+from inductor_sparse.bench import commands, ffn, gemm, pack
+from inductor_sparse.bench.rows import PROTOCOL
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -84,7 +86,8 @@ def test_bench_writes_rows_and_resumes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    argv = ["bench", "ffn", "--op", "down", "--json", str(path), "--resume"]
+    argv = ["bench", "ffn", "--op", "down", "--settings", "default"]
+    argv += ["--json", str(path), "--resume"]
     monkeypatch.setattr(ffn, "run", lambda sweep, _: iter([ffn_row]))
     assert cli.main(argv) == cli.OK
     assert [json.loads(line) for line in path.read_text().splitlines()] == [ffn_row]
@@ -181,7 +184,10 @@ def test_gemm_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(argv) == cli.OK
     assert [case.tokens for case in seen] == [8, 16]
     pairs = zip(seen, OPS, strict=True)
-    rows = [dataclasses.asdict(case) | {"op": op} for case, op in pairs]
+    rows = [
+        dataclasses.asdict(case) | {"op": op, "protocol": PROTOCOL}
+        for case, op in pairs
+    ]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen.clear()
     assert cli.main([*argv, "--resume"]) == cli.OK
@@ -199,8 +205,60 @@ def test_pack_resumes_and_keeps_other_rows(
     assert cli.main(argv) == cli.OK
     assert [case.rows for case in seen] == [4096, 8, 16]
     with path.open("a") as stream:
-        stream.write(json.dumps(dataclasses.asdict(seen[1])) + "\n")
+        stream.write(
+            json.dumps(dataclasses.asdict(seen[1]) | {"protocol": PROTOCOL}) + "\n"
+        )
     seen.clear()
     assert cli.main(argv) == cli.OK
     assert [case.rows for case in seen] == [4096, 16]
     assert json.loads(path.read_text().splitlines()[0]) == ffn_row
+
+
+def test_rows_of_another_method_are_measured_again(
+    tmp_path: Path, ffn_row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    argv = ["--op", "down", "--tokens", "1", "--density", "0.1"]
+    argv += ["--json", str(path), "--resume"]
+    for protocol, left in ((PROTOCOL, 0), (PROTOCOL - 1, 1), (None, 1)):
+        path.write_text(json.dumps(ffn_row | {"protocol": protocol}))
+        sweep = sweep_of(monkeypatch, *argv, "--settings", "default")
+        assert sweep.size() == left
+
+
+def test_rows_that_tried_fewer_settings_are_measured_again(
+    tmp_path: Path, ffn_row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ffn_row))
+    argv = ["--op", "down", "--tokens", "1", "--density", "0.1"]
+    argv += ["--json", str(path), "--resume", "--settings"]
+    assert sweep_of(monkeypatch, *argv, "default").size() == 0
+    assert sweep_of(monkeypatch, *argv, "default,max-autotune").size() == 1
+
+
+@pytest.mark.parametrize(("quick", "left"), [([], 1), (["--quick"], 0)])
+def test_quick_products_are_measured_again_in_full(
+    quick: list[str], left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[gemm.GemmCase] = []
+    monkeypatch.setattr(gemm, "run", lambda todo, *_: iter(seen.extend(todo) or []))
+    case = gemm.GemmCase(8, 8, 4, "float32", "random", 1.0)
+    row = dataclasses.asdict(case) | {"op": "gemm", "protocol": PROTOCOL}
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row | {"unavailable": {"x": gemm.LEFT_OUT}}))
+    argv = ["bench", "gemm", "--tokens", "8", "--size", "4x8", "--json", str(path)]
+    assert cli.main([*argv, "--resume", *quick]) == cli.OK
+    assert len(seen) == left
+
+
+def test_no_row_begins_after_the_minutes(
+    ffn_row: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(commands.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(ffn, "run", lambda sweep, _: itertools.repeat(ffn_row))
+    path = tmp_path / "rows.jsonl"
+    argv = ["bench", "ffn", "--minutes", "1.5", "--json", str(path)]
+    assert cli.main(argv) == cli.OK
+    assert path.read_text().count("\n") == 3

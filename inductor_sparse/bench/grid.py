@@ -1,0 +1,120 @@
+"""``bench grid``: the rows behind the tables of a GPU, the most telling ones first.
+
+A list of ordinary ``bench`` commands, run in one process: importing torch, starting the
+device and measuring its ceilings take longer than many rows.  Rows that are in the file
+are skipped, so that the same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from inductor_sparse.errors import SparseError
+
+SIZES = ("4096x16384", "8192x28672", "5120x21504")
+PREFILL_TOKENS = (8192, 2048, 4096, 16384, 1024, 512, 32768)
+DECODE_TOKENS = (1, 4, 2, 8, 16)
+DATA = "trained,random"
+PREFILL_DENSITIES = "0.05,0.1,0.15"
+DECODE_DENSITIES = "0.02,0.05,0.1,0.2,0.5"
+GEMM_DTYPES = ("bfloat16", "float8_e4m3fn")
+QUANTIZE = ("none", "fp8")
+BOTH_SETTINGS = "default,max-autotune"
+SECONDS = 0.35
+"""Timing budget of a row: on a GPU the least number of rounds takes longer."""
+
+
+def commands() -> Iterator[str]:
+    """Every ``bench`` command of the grid, without device and file, in order."""
+    yield from _gemm("8192x8192", 8192)
+    for tokens in (8192, 2048, 4096):
+        yield from _gemm(SIZES[0], tokens)
+    yield from _ffn(SIZES[0], 8192, BOTH_SETTINGS)
+    yield _decode("down", SIZES[0], 1)
+    yield _decode("ffn", SIZES[0], 1)
+    yield _decode("ffn", SIZES[0], 1, "--gated")
+    yield _decode("down", SIZES[0], 4)
+    yield _decode("down", SIZES[1], 1)
+    yield f"pack --dtype bfloat16 --size {SIZES[0]} --tokens 8192"
+    for tokens in PREFILL_TOKENS:
+        for size in SIZES:
+            yield from _ffn(size, tokens, "default")
+            yield from _gemm(size, tokens)
+    for tokens in DECODE_TOKENS:
+        yield _decode("down", SIZES[0], tokens)
+        yield _decode("ffn", SIZES[0], tokens)
+        yield _decode("ffn", SIZES[0], tokens, "--gated")
+    yield _decode("down", SIZES[0], 1, settings=BOTH_SETTINGS)
+    for tokens in PREFILL_TOKENS:
+        for size in SIZES:
+            yield from _ffn(size, tokens, BOTH_SETTINGS)
+
+
+def run(arguments: argparse.Namespace, parse: Callable[..., argparse.Namespace]) -> int:
+    """Run the commands until they or the minutes are at an end.
+
+    A command that fails is reported and left, for the others' sake.
+
+    Args:
+        arguments: of ``bench grid``.
+        parse: turns the arguments of a ``bench`` command into a namespace.
+
+    Returns:
+        0, or 2 if a command failed.
+    """
+    end = time.monotonic() + 60 * arguments.minutes
+    failed = 0
+    for line in commands():
+        minutes = (end - time.monotonic()) / 60
+        if minutes <= 0:
+            break
+        one = parse(line.split() + _common(arguments))
+        one.minutes = minutes
+        try:
+            one.command(one)
+        except (SparseError, RuntimeError) as error:
+            failed = 2
+            print(f"error: bench {line}: {error}", file=sys.stderr)
+    return failed
+
+
+def _common(arguments: argparse.Namespace) -> list[str]:
+    """What every command is given besides."""
+    where = ("--device", arguments.device, "--json", arguments.json, "--resume")
+    return [*where, "--seconds", str(SECONDS)]
+
+
+def _gemm(size: str, tokens: int) -> Iterator[str]:
+    """Products of one shape, all data; what is compiled for it serves them all."""
+    what = f"--size {size} --tokens {tokens}"
+    for dtype in GEMM_DTYPES:
+        yield (
+            f"gemm --dtype {dtype} {what} --data {DATA} --density {PREFILL_DENSITIES}"
+        )
+
+
+def _ffn(size: str, tokens: int, settings: str) -> Iterator[str]:
+    """Whole FFNs of one shape, all data."""
+    what = f"--size {size} --tokens {tokens} --settings {settings}"
+    for quantize in QUANTIZE:
+        yield (
+            f"ffn --op ffn --no-gated --dtype bfloat16 --quantize {quantize} {what} "
+            f"--data {DATA} --density {PREFILL_DENSITIES}"
+        )
+
+
+def _decode(
+    op: str,
+    size: str,
+    tokens: int,
+    gated: str = "--no-gated",
+    settings: str = "default",
+) -> str:
+    """One op for few tokens, decided by plans as a calibrated user has them."""
+    return (
+        f"ffn --op {op} {gated} --dtype bfloat16 --size {size} --tokens {tokens} "
+        f"--settings {settings} --calibrate --density {DECODE_DENSITIES}"
+    )
