@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import formats, ops, ops24, profitability, reference
-from inductor_sparse.lowerings import hopper, vendor24
+from inductor_sparse.lowerings import hopper
 from inductor_sparse.lowerings.hopper import ALIGNMENT, MAX_SIZE
 from inductor_sparse.lowerings.hopper import SHARED_BYTES as SHARED_BYTES
 from inductor_sparse.runtime import cuda_driver, cuda_kernel
@@ -199,7 +199,7 @@ def kind_refusal(
 ) -> str | None:
     """Why there is no kernel, whatever the sizes, or None."""
     arch = profitability.architecture(device)
-    if vendor24.ROUTES.get(arch) != "own":
+    if profitability.ROUTES.get(arch) != "own":
         return f"it is for sm_90, this is {arch}"
     if dtype not in DTYPE_NAMES:
         return f"it has no code for {dtype}"

@@ -174,7 +174,7 @@ def sparse24_mm(
     (K, N), M = w.shape, values.shape[0]
     out = reference.result_dtype24(values.dtype, out_dtype)
     arch = profitability.architecture(values.device)
-    own = vendor24.ROUTES.get(arch) == "own" and cuda_kernel.available()
+    own = profitability.ROUTES.get(arch) == "own" and cuda_kernel.available()
     if not own or size_refusal(values.dtype, out, (M, N, K)) is not None:
         return vendor24.masked_dense(
             values, metadata, w, row_scale, col_scale, out_dtype=out_dtype

@@ -2,8 +2,8 @@
 
 On Hopper the product is a node that takes epilogues; its tile comes from a cost model,
 or from measuring all of them when autotuning is on.  Other architectures get the vendor
-kernel of :data:`.vendor24.ROUTES` if unverified kernels are allowed.  Whatever is not
-covered calls the op itself, and the log says why.
+kernel of :data:`.profitability.ROUTES` if unverified kernels are allowed.  Whatever is
+not covered calls the op itself, and the log says why.
 
 Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction.
 """
@@ -120,7 +120,7 @@ def _kernel_route(
     refusal = sparse24_gemm.size_refusal(dtype, out, known)
     if refusal is not None:
         raise Refused(refusal)
-    route = vendor24.ROUTES.get(arch, "dense")
+    route = profitability.ROUTES.get(arch, "dense")
     missing = cuda_kernel.unavailable_reason() if route == "own" else None
     if missing is not None:
         raise Refused(missing)

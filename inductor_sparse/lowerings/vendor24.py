@@ -25,16 +25,6 @@ from inductor_sparse import formats, ops, reference
 from inductor_sparse.formats import BLOCK
 from inductor_sparse.runtime import triton_text
 
-ROUTES: dict[str, str] = {
-    "sm_90": "own",
-    "sm_80": "cutlass",
-    "sm_86": "cutlass",
-    "sm_89": "cutlass",
-    "sm_100": "cusparselt",
-    "gfx942": "cusparselt",
-}
-"""Architecture -> the kernel that multiplies there; ``dense`` on any other."""
-
 _WIDE = (torch.bfloat16, torch.float16)
 _NARROW = (torch.float8_e4m3fn, torch.int8)
 

@@ -37,9 +37,7 @@ def kernel_obstacle(
             )
         missing = missing_package(op, arch)
         if missing:
-            return Rejection(
-                Reason.NO_KERNEL_YET, f"{op} cannot be compiled: {missing}"
-            )
+            return Rejection(Reason.NO_KERNEL_YET, f"{op} cannot run: {missing}")
     return None
 
 

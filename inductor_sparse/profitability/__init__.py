@@ -2,6 +2,7 @@
 
 - :mod:`~inductor_sparse.profitability.kernels`: which op runs where, and whether that
   was ever tried
+- :mod:`~inductor_sparse.profitability.routes`: whose kernel computes a 2:4 product
 - :mod:`~inductor_sparse.profitability.common`: what holds on every device
 - :mod:`~inductor_sparse.profitability.cpu`: skipping zeros on a CPU
 - :mod:`~inductor_sparse.profitability.cuda`: skipping zeros for a few tokens and the
@@ -37,6 +38,7 @@ from inductor_sparse.profitability.kernels import (
     has_kernel,
     knows,
 )
+from inductor_sparse.profitability.routes import ROUTES
 
 __all__ = [
     "ALWAYS_WINS_TOKENS",
@@ -46,6 +48,7 @@ __all__ = [
     "GLU_MAX_TOKENS",
     "KERNELS",
     "MIN_SIZE",
+    "ROUTES",
     "TRAINING_COPY_MIN_TOKENS",
     "UNVERIFIED_KERNELS",
     "architecture",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import profitability, reference
-from inductor_sparse.lowerings import sparse24_gemm, tile_model, vendor24
+from inductor_sparse.lowerings import sparse24_gemm, tile_model
 from inductor_sparse.lowerings.sparse24_kernel import DTYPE_NAMES
 
 _TFLOPS_16_BIT = {"sm_80": 312.0 / 108, "sm_90": 989.4 / 132}
@@ -76,7 +76,7 @@ def name(values: Tensor, w: Tensor, arch: str, multiprocessors: int) -> str:
     Autotuning, where it is on, may choose another tile.
     """
     (K, N), M, dtype = w.shape, values.shape[0], values.dtype
-    route = vendor24.ROUTES.get(arch, "masked dense")
+    route = profitability.ROUTES.get(arch, "masked dense")
     out = reference.result_dtype24(dtype, None)
     if route != "own":
         return route

@@ -164,7 +164,10 @@ def test_other_architectures(arch: str, M: int, reason: Reason, detail: str) -> 
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100", "gfx942"])
-def test_unverified_kernels_may_be_allowed(arch: str) -> None:
+def test_unverified_kernels_may_be_allowed(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     options = {"allow_unverified": True}
     assert run(arch=arch, options=options)[1].op == "sparse24_mm"
     assert run(M=1, arch=arch, options=options)[1].op == "activation_spmm"
@@ -176,8 +179,17 @@ def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchains.nvrtc, "unavailable_reason", lambda: "no NVRTC here")
     _, decision = run()
     assert decision.reason is Reason.NO_KERNEL_YET
-    assert decision.detail == "sparse24_mm cannot be compiled: no NVRTC here"
+    assert decision.detail == "sparse24_mm cannot run: no NVRTC here"
     assert run(M=1)[1].op == "activation_spmm"
+
+
+@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
+def test_missing_library(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    _, decision = run(arch=arch, options=UNVERIFIED)
+    assert decision.reason is Reason.NO_KERNEL_YET
+    assert decision.detail.startswith("sparse24_mm cannot run: torch has no cuSPARSELt")
+    assert run(arch="sm_80", options=UNVERIFIED)[1].op == "sparse24_mm"
 
 
 def test_float32_has_no_packed_kernel() -> None:
