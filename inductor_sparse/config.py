@@ -23,6 +23,7 @@ weight_copies: bool = True
 max_density: float = 0.6
 max_dropped_energy: float = 0.01
 quantize: str = "none"
+quantize_scales: str = "exact"
 allow_unverified: bool = False
 cuda_graphs: bool = False
 adaptive: bool = True
@@ -67,6 +68,12 @@ HELP: dict[str, str] = {
         "packed 2:4 and the device has kernels for it, each row of weights and "
         "activations with its own scale; weights are quantized once."
     ),
+    "quantize_scales": (
+        "How an 8-bit FFN scales the rows between its matmuls: "
+        '"exact" by their largest value; "predicted", fp8 only, by a bound from norms, '
+        "so that the first matmul packs what it computes: faster, and a little less "
+        "precise."
+    ),
     "allow_unverified": (
         "Use kernels that never ran on this kind of device; without it such sites stay "
         "dense."
@@ -86,5 +93,6 @@ HELP: dict[str, str] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_format": ("auto", "exact", "2:4"),
     "quantize": ("none", "fp8", "int8"),
+    "quantize_scales": ("exact", "predicted"),
 }
 """Options that accept only these values."""

@@ -136,6 +136,25 @@ def test_no_value_exceeds_the_bound(
     assert arguments[5].isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_the_exponent_makes_up_for_a_bound_that_is_not_close(activation: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w1 = (torch.randn(n, 1024, generator=generator) for n in (16, 1024))
+    arguments = operands(x, w1.to(BF16), None, activation)
+    values, metadata = OP(*arguments)
+    predicted = formats.unpack(values, metadata, 1024).double()
+    predicted *= arguments[5][:, None]
+    z = reference.scaled_linear(*arguments[:5])
+    exact, index, scale = reference.sparsify24_quantized(z, activation, "largest", E4M3)
+    assert (arguments[5] / scale).amin() > (7 if activation == "relu" else 50)
+    exact = formats.unpack(exact, formats.pack_index(index, E4M3), 1024).double()
+    exact *= scale[:, None]
+    kept = torch.ops.inductor_sparse.sparsify24(z, activation, "largest")
+    wide = formats.unpack(*kept, 1024).double()
+    errors = [float((a - wide).norm() / wide.norm()) for a in (exact, predicted)]
+    assert errors[1] < 1.15 * errors[0] < 0.031
+
+
 def test_the_bound_is_met_by_rows_that_are_parallel() -> None:
     x = torch.full((1, 64), 3.0)
     *_, scale, _, _ = operands(x, torch.cat((x / 3, -x, x / 12)), activation="relu2")

@@ -105,19 +105,29 @@ def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:
     )
 
 
-def _linear_before(z: fx.Node, site: Site) -> tuple[Any, ...] | None:
-    """``(x [M, D], w1 [K, D], bias or None)`` of a layer that only this site reads."""
+def fusable_linear(z: fx.Node, site: Site) -> Site | str:
+    """The layer that computes ``z`` for this site alone, or why it cannot be fused."""
     core, _ = peel(z, ORDERED_VIEWS)
     linear, lhs, value = read_site(core), tensor_of(site.lhs), tensor_of(core)
     if linear is None or not is_call(core, _LINEAR) or lhs is None or value is None:
-        return None
+        return "the activation is not that of a linear layer"
     bias = tensor_of(linear.bias)
-    plain = linear.alpha == linear.beta == 1 and (bias is None or bias.ndim == 1)
+    if linear.alpha != 1 or linear.beta != 1 or (bias is not None and bias.ndim != 1):
+        return "its bias is not one number for each feature, added as it is"
     node = core
     while len(node.users) == 1 and node is not site.matmul:
         (node,) = node.users
-    same = same_shape(lhs, value) and lhs.dtype == value.dtype
-    if node is not site.matmul or not plain or not same:
+    if node is not site.matmul:
+        return "another matmul reads the activation"
+    if not same_shape(lhs, value) or lhs.dtype != value.dtype:
+        return "something lies between the layer and its activation"
+    return linear
+
+
+def _linear_before(z: fx.Node, site: Site) -> tuple[Any, ...] | None:
+    """``(x [M, D], w1 [K, D], bias or None)`` of a layer that only this site reads."""
+    linear = fusable_linear(z, site)
+    if isinstance(linear, str):
         return None
     w_DK = linear.rhs
     if is_call(w_DK, {aten.permute.default, aten.t.default}):

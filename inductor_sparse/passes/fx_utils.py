@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 if TYPE_CHECKING:
@@ -222,6 +224,21 @@ def insert_call(
     with torch._guards.detect_fake_mode(values) or nullcontext():
         node.meta["val"] = target(*values, **(kwargs or {}))
     return node
+
+
+def insert_traced(
+    before: fx.Node, function: Callable[..., Tensor], args: tuple[fx.Node, ...]
+) -> fx.Node:
+    """Insert what a function of tensors computes, as the aten ops that it calls."""
+    values = plain_value(args)
+    with torch._guards.detect_fake_mode(values) or nullcontext():
+        traced = make_fx(function, select_decomp_table())(*values).graph
+    made = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
+    for node in traced.nodes:
+        if callable(node.target):
+            at = fx.node.map_arg(node.args, made.__getitem__)
+            made[node] = insert_call(before, node.target, at, dict(node.kwargs))
+    return made[traced.output_node().args[0]]
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

@@ -242,7 +242,9 @@ def _packing(
             ops = ("sparsify24_quantized", "sparse24_mm")
             obstacle = kernel_obstacle(ops, dtype, arch, context)
             if obstacle is None:
-                return dataclasses.replace(plain, dtype=dtype, quantized=ffn), None
+                return dataclasses.replace(
+                    plain, dtype=dtype, quantized=ffn, note=ffn.note
+                ), None
             ffn = obstacle.detail
         plain = dataclasses.replace(plain, note=f"; not quantized: {ffn}")
     ops = ("sparsify24", "sparse24_mm")

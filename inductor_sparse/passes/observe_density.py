@@ -36,6 +36,7 @@ _ENERGY_ARGUMENT = {
     _ops.sparsify24.default: 3,
     _ops.sparsify24_quantized.default: 4,
     _ops.linear_sparsify24.default: 5,
+    _ops.linear_sparsify24_quantized.default: 8,
 }
 """The position of the energy among the arguments of the ops that select 2:4."""
 

@@ -7,7 +7,12 @@
 - ``values, metadata, sz = sparsify24_quantized(z, act)``
 - ``sparse24_mm(values, metadata, w2_8, sz, s2)``
 
-Each row of an activation and each output feature of a weight has its own scale.
+Each row of an activation and each output feature of a weight has its own scale.  If it
+may be predicted instead of taken from the largest value of ``act(z)``, the first matmul
+packs, and nothing of 16 bits is written:
+
+- ``sz = predicted_scale(x8, sx, ...)``, from norms
+- ``values, metadata = linear_sparsify24_quantized(x8, sx, w1_8, s1, bias, sz, act)``
 
 For a few tokens the weight of a site that skips zeros may have 8 bits as well, and each
 of the rows that are skipped its own scale.
@@ -19,13 +24,16 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from inductor_sparse import reference
 from inductor_sparse.passes.emit import (
     emit_activation_spmm,
+    fusable_linear,
     packable_input,
     scaled_and_shifted,
     shared_call,
@@ -34,6 +42,7 @@ from inductor_sparse.passes.fx_utils import (
     VIEWS,
     aten,
     insert_call,
+    insert_traced,
     is_call,
     peel,
     prims,
@@ -64,13 +73,16 @@ class QuantizedFfn:
 
     ``first`` is the matmul before the activation, or None if another site of the same
     activation has rewritten it; ``w1`` and ``w2`` are the windows ``[F, D]`` and
-    ``[N, F]`` of the stored weights.
+    ``[N, F]`` of the stored weights.  ``predicted`` says whether ``first`` packs, with
+    scales that are predicted, and ``note`` why it does not although that was asked for.
     """
 
     dtype: torch.dtype
     first: Site | None
     w1: Copy | None
     w2: Copy
+    predicted: bool = False
+    note: str = ""
 
     @property
     def dtype_name(self) -> str:
@@ -102,7 +114,32 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
     if not _only_activated(core):
         return "the layer before the activation is read by something else"
     w1 = _stored(first, dtype, context)
-    return w1 if isinstance(w1, str) else QuantizedFfn(dtype, first, w1, w2)
+    if isinstance(w1, str):
+        return w1
+    ffn = QuantizedFfn(dtype, first, w1, w2)
+    if context.option("quantize_scales") != "predicted":
+        return ffn
+    why = _prediction_obstacle(site, z, ffn, context)
+    if why is not None:
+        return dataclasses.replace(ffn, note=f"; scales not predicted: {why}")
+    return dataclasses.replace(ffn, predicted=True, note="; scales predicted")
+
+
+_FUSED = "linear_sparsify24_quantized"
+
+
+def _prediction_obstacle(
+    site: Site, z: fx.Node, ffn: QuantizedFfn, context: PassContext
+) -> str | None:
+    """Why the first matmul cannot pack what it computes, or None."""
+    if ffn.dtype != torch.float8_e4m3fn:
+        return "int8 has no exponent to make up for a bound that is not close"
+    linear = fusable_linear(z, site)
+    if isinstance(linear, str):
+        return linear
+    arch = context.architecture(site.matmul.meta["val"].device)
+    obstacle = kernel_obstacle((_FUSED,), ffn.dtype_name, arch, context)
+    return None if obstacle is None else obstacle.detail
 
 
 _DONE = "inductor_sparse_quantized"
@@ -133,15 +170,9 @@ def _stored(site: Site, dtype: torch.dtype, context: PassContext) -> Copy | str:
 
 def emit_quantized_ffn(site: Site, ffn: QuantizedFfn) -> fx.Node:
     """Insert the second product of an FFN, packed and in 8 bits; replace its first."""
-    if ffn.first is not None and ffn.w1 is not None:
-        _emit_first(ffn.first, ffn.w1, ffn.dtype)
-    z, activation, select = packable_input(site)
     before = site.matmul
-    arguments = (z, activation, select, ffn.dtype)
-    packed = shared_call(before, _ops.sparsify24_quantized.default, arguments)
-    values, metadata, row_scale = (
-        shared_call(before, operator.getitem, (packed, i)) for i in range(3)
-    )
+    emit = _emit_fused if ffn.predicted else _emit_packing
+    values, metadata, row_scale = emit(site, ffn)
     w_FN, scale_N = _emit_weight(ffn.w2, before)
     return insert_call(
         before,
@@ -149,6 +180,50 @@ def emit_quantized_ffn(site: Site, ffn: QuantizedFfn) -> fx.Node:
         (values, metadata, w_FN, row_scale, scale_N),
         {"out_dtype": before.meta["val"].dtype},
     )
+
+
+def _emit_packing(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
+    """``(values, metadata, row_scale)`` by a kernel behind the first matmul."""
+    if ffn.first is not None and ffn.w1 is not None:
+        _emit_first(ffn.first, ffn.w1, ffn.dtype)
+    z, activation, select = packable_input(site)
+    arguments = (z, activation, select, ffn.dtype)
+    packed = shared_call(site.matmul, _ops.sparsify24_quantized.default, arguments)
+    return _items(packed, 3, site.matmul)
+
+
+def _emit_fused(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
+    """``(values, metadata, row_scale)`` by the first matmul itself."""
+    before, first = site.matmul, ffn.first
+    assert first is not None and ffn.w1 is not None
+    _, activation, select = packable_input(site, emit=False)
+    rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, ffn.dtype))
+    weight = shared_call(before, _ops.quantized_weight.default, ffn.w1.args)
+    x, w1 = _items(rows, 2, before), _items(weight, 3, before)
+    bias = () if first.bias is None else (first.bias,)
+    row_scale = insert_traced(before, _predicted(activation), (*x, w1[2], *bias))
+    operands = (*x, *w1[:2], first.bias if bias else None, row_scale)
+    packed = insert_call(before, _FUSED_OP, (*operands, activation, select))
+    return (*_items(packed, 2, before), row_scale)
+
+
+_FUSED_OP = _ops.linear_sparsify24_quantized.default
+
+
+def _predicted(activation: str) -> Callable[..., Tensor]:
+    """``predicted_scale`` for an activation, as a function of tensors alone."""
+
+    def scale(x: Tensor, x_scale: Tensor, norm: Tensor, *bias: Tensor) -> Tensor:
+        given = bias[0] if bias else None
+        return reference.predicted_scale(x, x_scale, norm, given, activation)
+
+    return scale
+
+
+def _items(node: fx.Node, count: int, before: fx.Node) -> tuple[fx.Node, ...]:
+    """The first results of a call that has several."""
+    getitem = operator.getitem
+    return tuple(shared_call(before, getitem, (node, i)) for i in range(count))
 
 
 def quantized_bytes(*windows: Copy | None) -> int:
@@ -183,7 +258,7 @@ def emit_quantized_rows(site: Site, window: Copy) -> fx.Node:
 def _emit_quantized(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
     """``(values, scale)``: a window of a weight, its rows quantized."""
     node = shared_call(before, _ops.quantized_weight.default, window.args)
-    values, scale = (shared_call(before, operator.getitem, (node, i)) for i in range(2))
+    values, scale = _items(node, 2, before)
     return values, scale
 
 
@@ -197,7 +272,7 @@ def _emit_first(first: Site, w1: Copy, dtype: torch.dtype) -> None:
     """Replace the matmul before the activation by its 8-bit form."""
     before = first.matmul
     rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, dtype))
-    x_MD, scale_M = (shared_call(before, operator.getitem, (rows, i)) for i in range(2))
+    x_MD, scale_M = _items(rows, 2, before)
     w_DF, scale_F = _emit_weight(w1, before)
     column = insert_call(before, aten.unsqueeze.default, (scale_M, 1))
     row = insert_call(before, aten.unsqueeze.default, (scale_F, 0))

@@ -32,7 +32,11 @@ UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "sm_80": _INT8_ROWS,
     "sm_86": _INT8_ROWS,
     "sm_89": _BYTE_ROWS,
-    "sm_90": {"activation_spmm": _BYTE, "site_counters": _WIDE},
+    "sm_90": {
+        "activation_spmm": _BYTE,
+        "site_counters": _WIDE,
+        "linear_sparsify24_quantized": frozenset({"float8_e4m3fn"}),
+    },
     "sm_100": _BYTE_ROWS,
     "sm_120": _DECODE,
     "gfx942": _PACKED,

@@ -57,6 +57,7 @@ from inductor_sparse.reference.quantized import (
     linear_sparsify24_quantized,
     predicted_scale,
     quantize_rows,
+    scaled_linear,
     sparsify24_quantized,
 )
 from inductor_sparse.reference.selection import density, dropped_energy, sparsify24
@@ -95,6 +96,7 @@ __all__ = [
     "quantized_weight",
     "result_dtype24",
     "row_major_weight",
+    "scaled_linear",
     "sparse24_mm",
     "sparsify24",
     "sparsify24_quantized",

@@ -146,6 +146,14 @@ def predicted_scale(
     return (bound_M / limit).clamp(min=SMALLEST_SCALE)
 
 
+def scaled_linear(
+    x: Tensor, x_scale: Tensor, w1: Tensor, w1_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``(x @ w1.T) * x_scale[:, None] * w1_scale + bias``, rounded to bfloat16."""
+    z_MK = (x.float() @ w1.float().t()) * x_scale[:, None] * w1_scale
+    return (z_MK if bias is None else z_MK + bias.float()).bfloat16()
+
+
 def linear_sparsify24_quantized(
     x: Tensor,
     x_scale: Tensor,
@@ -158,9 +166,9 @@ def linear_sparsify24_quantized(
 ) -> tuple[Tensor, Tensor]:
     """Keep two of every four values of ``act`` of an 8-bit linear layer, in 8 bits.
 
-    The layer, ``(x @ w1.T) * x_scale[:, None] * w1_scale + bias``, is rounded to
-    bfloat16; activation and selection are those of :func:`sparsify24` on it; what is
-    kept is multiplied by ``1 / row_scale``, rounded to e4m3 and saturated.
+    The layer is :func:`scaled_linear`; activation and selection are those of
+    :func:`sparsify24` on it; what is kept is multiplied by ``1 / row_scale``, rounded
+    to e4m3 and saturated.
 
     Args:
         x: ``[M, D]`` in e4m3, any strides.
@@ -181,10 +189,7 @@ def linear_sparsify24_quantized(
     check_linear_sparsify24_quantized(
         x, x_scale, w1, w1_scale, bias, row_scale, activation, select
     )
-    z_MK = (x.float() @ w1.float().t()) * x_scale[:, None] * w1_scale
-    if bias is not None:
-        z_MK = z_MK + bias.float()
-    a_MK = ACTIVATIONS[activation](z_MK.bfloat16())
+    a_MK = ACTIVATIONS[activation](scaled_linear(x, x_scale, w1, w1_scale, bias))
     values_MS, index_MS = select_groups(a_MK, select)
     inverse_M1 = (torch.ones_like(row_scale) / row_scale)[:, None]
     return quantize(values_MS, inverse_M1, x.dtype), index_MS

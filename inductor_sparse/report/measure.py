@@ -33,6 +33,7 @@ _PACKERS = {
     _ops.sparsify24.default,
     _ops.sparsify24_quantized.default,
     _ops.linear_sparsify24.default,
+    _ops.linear_sparsify24_quantized.default,
 }
 
 
@@ -190,6 +191,9 @@ def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
     if target is _ops.linear_sparsify24.default:
         x, w1, bias, activation, *_ = args
         return reference.activation(torch.nn.functional.linear(x, w1, bias), activation)
+    if target is _ops.linear_sparsify24_quantized.default:
+        *layer, _, activation, _ = args[:8]
+        return reference.activation(reference.scaled_linear(*layer), activation)
     if target in _PACKERS:
         return reference.activation(args[0], args[1])
     if target in (_aten.addmm.default, _aten.baddbmm.default):
