@@ -266,9 +266,14 @@ class _Bench:
         for (prefix, model), setting in candidates:
             name = f"{prefix}{setting.name}"
             self.report(f"{self.label}: compiling {backend}, {name}")
-            variant = compile_variant(model, backend, setting, inputs, options)
+            try:
+                variant = compile_variant(model, backend, setting, inputs, options)
+                medians[name] = self.screen(variant, inputs)
+            except RuntimeError:
+                if prefix:  # somebody else's model is welcome, but need not work
+                    continue
+                raise
             compile_s += variant.compile_s
-            medians[name] = self.screen(variant, inputs)
             loser: Variant | None = variant
             if best is None or medians[name] < medians[best.name]:
                 loser = None if best is None else best.variant

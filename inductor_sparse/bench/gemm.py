@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import formats, reference
-from inductor_sparse.bench import ceilings, trained
+from inductor_sparse.bench import ceilings, cuda_timing, trained
 from inductor_sparse.bench.ffn import ratio_fields
 from inductor_sparse.bench.intervals import median, paired_ratio
 from inductor_sparse.bench.models import DTYPES, activate, relative_errors, sample
@@ -232,16 +232,19 @@ class Sides:
 
 
 def _prepare(case: GemmCase, operands: Operands, quick: bool, report: Report) -> Sides:
-    """Compile, autotune and search."""
+    """Compile, autotune and search; what fails at it, or cannot be timed, is out."""
     sides = Sides({"sparse24_mm": ours(operands, autotune=not quick)}, {})
     for name, make in RIVALS.items():
         report(f"{case.label}: preparing {name}")
         try:
             if quick and make.autotunes:
                 raise RivalUnavailableError(LEFT_OUT)
-            sides.able[name] = make.build(operands)
-        except RivalUnavailableError as error:
-            sides.unavailable[name] = str(error)
+            side = make.build(operands)
+            if case.device == "cuda":
+                cuda_timing.glance_us(side.bind(operands))
+            sides.able[name] = side
+        except (RuntimeError, ImportError) as error:
+            sides.unavailable[name] = str(error).strip().partition("\n")[0]
     return sides
 
 

@@ -61,6 +61,7 @@ class Rival:
 class Builder:
     """How to build a side for the shapes of operands, which it must not keep.
 
+    It raises ``RuntimeError`` or ``ImportError`` where the side cannot run.
     ``autotunes`` if that compiles kernels to choose from.
     """
 
@@ -204,10 +205,7 @@ def cusparselt(operands: Operands) -> Rival:
         )
 
     start = time.perf_counter()
-    try:
-        best = _fastest_algorithm(numbered(operands))
-    except RuntimeError as error:
-        raise RivalUnavailableError(_first_line(error)) from error
+    best = _fastest_algorithm(numbered(operands))
     seconds = time.perf_counter() - start
 
     def bind(o: Operands) -> Product:
@@ -256,7 +254,7 @@ def core_cutlass(operands: Operands) -> Rival:
         for whole in (operands.pruned_MK, operands.weight_NK)
     ]
     # Packing a large operand takes time and memory, a refusal neither.
-    _try(lambda: call_of(*probe)(0))
+    call_of(*probe)(0)
     return Rival(lambda o: call_of(o.pruned_MK, o.weight_NK), sparse=True)
 
 
@@ -270,24 +268,20 @@ def torchao(operands: Operands) -> Rival:
     _need_dtype(operands, torch.float8_e4m3fn)
     _need_cuda(operands)
 
+    ops: Any = importlib.import_module("torchao.ops")
+
     def bind(o: Operands) -> Product:
-        ops: Any = importlib.import_module("torchao.ops")
         values, metadata = ops.to_sparse_semi_structured_cutlass_sm9x_f8(o.pruned_MK)
         row_scale_M, col_scale_N = o.scales
         given = (o.weight_NK, col_scale_N, values, metadata, row_scale_M)
         linear = ops.rowwise_scaled_linear_sparse_cutlass_f8f8
         return lambda _: linear(*given, out_dtype=torch.bfloat16).t()
 
-    _try(lambda: bind(operands)(0))
-    return Rival(bind, sparse=True)
-
-
-def _try(call: Callable[[], object]) -> None:
-    """Raise :class:`RivalUnavailableError` in the words of what ``call`` raises."""
     try:
-        call()
-    except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
-        raise RivalUnavailableError(_first_line(error)) from error
+        bind(operands)(0)
+    except AttributeError as error:  # another version, or its library did not load
+        raise RivalUnavailableError(f"torchao: {error}") from error
+    return Rival(bind, sparse=True)
 
 
 def _need_dtype(operands: Operands, dtype: torch.dtype) -> None:
@@ -300,12 +294,6 @@ def _need_cuda(operands: Operands) -> None:
     """Refuse a side that only GPUs have."""
     if operands.weight_NK.device.type != "cuda":
         raise RivalUnavailableError("needs a CUDA device")
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, without the trace that torch appends."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
 
 
 RIVALS: dict[str, Builder] = {

@@ -236,3 +236,22 @@ def test_torchao_is_one_more_dense_candidate(
     assert row["baseline"] == ("torchao, default" if installed else "freezing")
     assert set(row["sparse_candidates_us"]) == {"default", "freezing"}
     assert row["sparse_setting"] == "default"
+
+
+def test_a_torchao_that_does_not_compile_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, compilations: list[Any]
+) -> None:
+    made = ffn.compile_variant
+
+    def compile_variant(model: Any, *rest: Any) -> Variant:
+        if isinstance(model, torch.nn.Identity):
+            raise RuntimeError("no such graph")
+        return made(model, *rest)
+
+    monkeypatch.setattr(ffn, "compile_variant", compile_variant)
+    monkeypatch.setattr(ffn, "by_torchao", lambda model: torch.nn.Identity())
+    monkeypatch.setattr(ffn, "quantized", lambda model, _: model)
+    case = dataclasses.replace(CASE, quantize="fp8")
+    sweep = dataclasses.replace(SWEEP, cases=(case,), settings=SETTINGS[:1])
+    (row,) = ffn.run(sweep)
+    assert set(row["dense_candidates_us"]) == {"default"}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -118,6 +119,61 @@ def test_data_of_one_shape_share_what_was_prepared(
     found = [(x != 0).float().mean().item() for x in bound]
     assert found == pytest.approx([0.05, 0.1, 1.0] * 2, rel=0.4)
     assert all(row["variants"]["counted"]["max_rel_err"] < 0.01 for row in rows)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(
+    "problem", [RuntimeError("no luck\nat line 1"), ImportError("no luck")]
+)
+def test_a_side_that_fails_is_left_out(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(operands: gemm.Operands) -> Rival:
+        raise problem
+
+    monkeypatch.setitem(gemm.RIVALS, "torchao", Builder(build))
+    (row,) = gemm.run([CASE], seconds=0.01, quick=True)
+    assert row["unavailable"]["torchao"] == "no luck"
+
+
+class TorchaoOps:
+    """The two ops of torchao's library, for a weight of which nothing is dropped."""
+
+    def to_sparse_semi_structured_cutlass_sm9x_f8(
+        self, pruned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return pruned, pruned
+
+    def rowwise_scaled_linear_sparse_cutlass_f8f8(
+        self, x: Tensor, x_scale: Tensor, w: Tensor, meta: Tensor, w_scale: Tensor,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        assert x_scale.shape == x.shape[:1]
+        assert w_scale.shape == w.shape[:1]
+        product = (x.float() * x_scale[:, None]) @ (w.float() * w_scale[:, None]).t()
+        return product.to(out_dtype)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_torchao_multiplies_with_the_activation_as_its_weight(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torchao", object())
+    ops = TorchaoOps() if works else object()
+    monkeypatch.setitem(sys.modules, "torchao.ops", ops)
+    monkeypatch.setattr(rivals, "_need_cuda", lambda operands: None)
+    case = dataclasses.replace(CASE, dtype="float8_e4m3fn")
+    operands = gemm.make_operands(case)
+    if not works:
+        with pytest.raises(RivalUnavailableError, match=r"torchao: .*attribute"):
+            rivals.RIVALS["torchao"].build(operands)
+        return
+    side = rivals.RIVALS["torchao"].build(operands)
+    calls = {"torchao": side.bind(operands)}
+    found = gemm._errors(operands, {"torchao": side}, calls)
+    assert side.sparse
+    assert found["torchao"][0] < 0.01
 
 
 @pytest.mark.parametrize("rows", [slice(0, 64), slice(448, 512)])
