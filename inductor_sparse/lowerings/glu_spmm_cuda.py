@@ -25,13 +25,17 @@ from inductor_sparse.lowerings import activation_spmm_cuda
 
 @dataclasses.dataclass(frozen=True)
 class UpTile:
-    """How the hidden values are cut into programs; the names are the template's."""
+    """How the hidden values are cut into programs; the names are the template's.
+
+    Any powers of 2 are right, 16 or more of ROWS and BD where DOT is set.
+    """
 
     BM: int
     LOCAL: int
     ROWS: int
     BD: int
     STAGES: int
+    DOT: bool
     num_warps: int
 
 
@@ -47,6 +51,7 @@ def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
         ROWS=4 if block == 1 else 16,
         BD=max(16, min(features, power_of_2(D))),
         STAGES=4,
+        DOT=block > 1,
         num_warps=4,
     )
 

@@ -120,19 +120,44 @@ def test_strides_of_the_activation(interpret: Interpreter) -> None:
     check_spmm(interpret, sparse(100, 2).t(), torch.randn(100, 40), "relu")
 
 
-@pytest.mark.parametrize(("dtype", "activation"), KINDS[:3])
-@pytest.mark.parametrize("M", [1, 3, 17])
-def test_hidden_values(
-    interpret: Interpreter, M: int, activation: str, dtype: torch.dtype
+def check_up(
+    interpret: Interpreter, M: int, activation: str, dtype: torch.dtype, **tile: int
 ) -> None:
     torch.manual_seed(M)
     gate, x = sparse(M, 99).to(dtype), torch.randn(M, 77).to(dtype)
     w = (torch.randn(99, 77) / 9).to(dtype)
     w[3], gate[:, 3], gate[0, 5], gate[M - 1, 6] = torch.nan, -1.0, torch.nan, 0.0
-    rows = 4 if M == 1 else 16
-    hidden = interpret(
-        decode_kernels.run_up, gate, x, w, activation, BM=TOKENS[M], ROWS=rows
-    )
+    tile = {"BM": TOKENS[M], **tile}
+    hidden = interpret(decode_kernels.run_up, gate, x, w, activation, **tile)
     a = reference.activation(gate, activation).double()
     exact = torch.where(a == 0, 0.0, a * (x.double() @ w.double().t()))
     check(hidden, exact, 16 if dtype == FP32 else 4, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "activation"), KINDS[:3])
+@pytest.mark.parametrize("M", [1, 3, 17])
+def test_hidden_values(
+    interpret: Interpreter, M: int, activation: str, dtype: torch.dtype
+) -> None:
+    rows = 4 if M == 1 else 16
+    check_up(interpret, M, activation, dtype, ROWS=rows, DOT=M > 1)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("local", "rows", "features", "dot"),
+    [
+        (8, 2, 128, False),
+        (16, 4, 32, False),
+        (32, 8, 64, False),
+        (64, 16, 16, False),
+        (16, 16, 64, True),
+        (32, 32, 16, True),
+        (64, 16, 128, True),
+    ],
+)
+def test_hidden_values_whatever_the_tile(
+    interpret: Interpreter, M: int, local: int, rows: int, features: int, dot: bool
+) -> None:
+    tile = {"LOCAL": local, "ROWS": rows, "BD": features, "DOT": dot}
+    check_up(interpret, M, "relu", FP32, **tile)
