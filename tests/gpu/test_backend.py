@@ -104,6 +104,19 @@ def test_quantized(quantize: str, limit: float) -> None:
     assert error < limit
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_predicted_scales(graphs: bool) -> None:
+    options = {
+        "sparse.quantize": "fp8",
+        "sparse.quantize_scales": "predicted",
+        "sparse.allow_unverified": True,
+        "triton.cudagraphs": graphs,
+    }
+    error, decision = run(model(bias=True), tokens(MANY), options=options)
+    assert decision.detail.endswith("; scales predicted")
+    assert error < 0.08
+
+
 def test_between_the_two_is_dense() -> None:
     error, decision = run(model(), tokens(200))
     assert decision.reason is Reason.NOT_PROFITABLE

@@ -50,9 +50,11 @@ def measured(gm: fx.GraphModule, *args: torch.Tensor) -> dict[str, SiteStats]:
     return graph.stats
 
 
-@pytest.mark.parametrize("kind", ["packed", "quantized", "linear"])
+@pytest.mark.parametrize("kind", ["packed", "quantized", "linear", "both"])
 def test_a_packed_site_is_measured_before_packing(kind: str) -> None:
     x, w = torch.randn(64, 64).bfloat16(), torch.randn(64, 32).bfloat16()
+    if kind == "both":
+        x = x.to(torch.float8_e4m3fn).bfloat16()
     w1 = torch.eye(64).bfloat16()
 
     def product(x: torch.Tensor, w: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:
@@ -60,6 +62,11 @@ def test_a_packed_site_is_measured_before_packing(kind: str) -> None:
             packed = ops.linear_sparsify24(x, w1, None, "relu2", "largest")
         elif kind == "packed":
             packed = ops.sparsify24(x, "relu2", "largest")
+        elif kind == "both":
+            e4m3, ones = torch.float8_e4m3fn, torch.ones(64)
+            layer = (x.to(e4m3), ones, w1.to(e4m3), ones, None)
+            packed = ops.linear_sparsify24_quantized(*layer, ones, "relu2", "largest")
+            return ops.sparse24_mm(*packed, w.to(e4m3), ones)
         else:
             packed = ops.sparsify24_quantized(x, "relu2", "largest", torch.int8)
             return ops.sparse24_mm(*packed[:2], w.to(torch.int8), packed[2])
