@@ -1,7 +1,8 @@
 """Write the documents that are made from code; ``--check`` only says if they are stale.
 
 ``docs/options.md`` comes from :mod:`inductor_sparse.config`, ``docs/passes.md`` from
-the ``passes`` command.
+the ``passes`` command, the tables of ``docs/performance.md`` from the rows in
+``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from inductor_sparse import config
+from inductor_sparse.bench import page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +128,9 @@ def passes_page() -> str:
 
 def stale() -> dict[Path, str]:
     """The generated files whose content is not what the code says -> right content."""
+    performance = ROOT / "docs" / "performance.md"
     pages = {
+        performance: page.filled(performance.read_text(), ROOT),
         ROOT / "docs" / "options.md": options_page(),
         ROOT / "docs" / "passes.md": passes_page(),
     }
