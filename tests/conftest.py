@@ -2,8 +2,8 @@
 
 Random tensors are the same in every run, whatever else is selected.  Property tests
 are repeatable and have no deadline.  Every graph is compiled anew, in a cache folder
-that belongs to this run: what an earlier test or an earlier run compiled decides nothing
-here.  Kernels are the exception: the compiled form of the same C++ text is shared by all
+that belongs to this run: what an earlier test or run compiled decides nothing here.
+Kernels are the exception: the compiled form of the same C++ text is shared by all
 workers of the run.
 """
 
