@@ -212,7 +212,10 @@ def _wrong_scales(site: Site, quantized: _Quantized) -> Rejection | None:
     if row is None or column is None or row.numel() == 1 != M:
         why = "the activation has one scale for the whole tensor; ours are per row"
         return Rejection(Reason.NO_KERNEL_YET, why)
-    if column.numel() not in (1, N):
+    # By shape: there may be as many blocks as rows or columns.
+    if row.numel() != M:
+        return Rejection(Reason.NO_KERNEL_YET, "the activation is scaled in blocks")
+    if column.numel() != 1 and column.shape[-1] != N:
         return Rejection(Reason.NO_KERNEL_YET, "the weight is scaled in blocks")
     given, inverted = _scale_source(input_of(site.matmul, 2))
     used, used_inverted = _scale_source(quantized.scale)

@@ -164,6 +164,40 @@ def test_look_alikes(quantize: Callable[[Tensor], Quantized], detail: str) -> No
     assert len(calls(gm, "_scaled_mm")) == 1
 
 
+def refusal(fn: Callable[..., Tensor], t: Tensor) -> str:
+    """Why a product with the scales ``t`` of the weight stays dense."""
+    x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(N, K, dtype=FP8, device="meta")
+    gm = trace(fn, x, w, t, device="cuda")
+    (decision,) = rewrite(gm, static=[1, 2]).decisions
+    assert decision.reason is Reason.NO_KERNEL_YET
+    return decision.detail
+
+
+def test_one_scale_for_the_activation() -> None:
+    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        h = relu2(x)
+        scale = h.abs().amax().float() / LIMIT
+        return product((h / scale).to(FP8), scale, w, t)
+
+    detail = "the activation has one scale for the whole tensor; ours are per row"
+    assert refusal(fn, torch.empty((), device="meta")) == detail
+
+
+def test_scales_of_blocks() -> None:
+    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        blocks = relu2(x).unflatten(-1, (-1, 128))
+        scale = blocks.abs().amax(-1).float() / LIMIT
+        q = (blocks / scale.unsqueeze(-1)).to(FP8).flatten(-2)
+        scale = scale.t().clone(memory_format=torch.contiguous_format).t()
+        return product(q, scale, w, t.t(), use_fast_accum=False)
+
+    # For this K there are as many blocks as features.
+    t = torch.empty(N // 128, K // 128, device="meta")
+    assert t.numel() == N
+    assert refusal(fn, t) == "the activation is scaled in blocks"
+
+
 def test_smooth_activation() -> None:
     _, (decision,) = run(layer(by_division, F.silu))
     assert decision.reason is Reason.ACTIVATION_NOT_SPARSE
