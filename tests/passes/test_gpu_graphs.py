@@ -222,6 +222,8 @@ def test_gated_decode_of_symbolic_tokens() -> None:
     [
         (2, "activation_spmm", f"<= {FEW}"),
         (100, "", f"> {FEW}"),
+        (MANY - 1, "", f"{MANY}"),
+        (MANY, "sparse24_mm", f"{MANY}"),
         (8200, "sparse24_mm", f"{MANY}"),
     ],
 )

@@ -102,6 +102,17 @@ def test_a_few_tokens_skip_zeros(dtype: torch.dtype) -> None:
     assert len(calls(gm, "activation_spmm")[0].args) == 3  # nothing is counted
 
 
+@pytest.mark.parametrize("M", [0, 1, 3, 2047, 8191])
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_any_number_of_tokens_has_a_regime(M: int, quantize: str) -> None:
+    gm, decision = run(M=M, options={"quantize": quantize})
+    packed, skipped = ("sparse24_mm", None), ("activation_spmm", None)
+    expected = {0: ("", Reason.UNSUPPORTED_SHAPE), 3: ("", Reason.NOT_PROFITABLE)}
+    found = (decision.op, decision.reason)
+    assert found == expected.get(M, skipped if M == 1 else packed)
+    assert gm.graph.find_nodes(op="output")[0].args[0].meta["val"].shape == (M, N)
+
+
 def test_between_the_two_is_dense() -> None:
     gm, decision = run(M=64)
     assert decision.reason is Reason.NOT_PROFITABLE
@@ -181,6 +192,16 @@ def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decision.reason is Reason.NO_KERNEL_YET
     assert decision.detail == "sparse24_mm cannot run: no NVRTC here"
     assert run(M=1)[1].op == "activation_spmm"
+
+
+def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inductor_sparse.passes import toolchains
+
+    monkeypatch.setattr(toolchains.triton_text, "available", lambda: False)
+    for M, op in ((1, "activation_spmm"), (2048, "sparsify24")):
+        _, decision = run(M=M)
+        assert decision.reason is Reason.NO_KERNEL_YET
+        assert decision.detail.startswith(f"{op} cannot run: triton is missing")
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])

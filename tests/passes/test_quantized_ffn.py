@@ -26,6 +26,12 @@ def biased(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(h, down, x.new_ones(down.shape[0]))
 
 
+def weighted(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    bias = x.new_ones(up.shape[0])
+    z = torch.addmm(bias, x.flatten(0, -2), up.t(), beta=0.5, alpha=2)
+    return F.linear(F.relu(z), down).unflatten(0, x.shape[:-1])
+
+
 def run(
     fn: Callable[..., Any] = ffn,
     quantize: str = "fp8",
@@ -148,6 +154,7 @@ def test_float16_is_for_int8() -> None:
     )
     gm, _ = run(quantize="int8", dtype=torch.float16)
     assert len(calls(gm, "sparsify24_quantized")) == 1
+    assert calls(gm, "sparse24_mm")[0].meta["val"].dtype == torch.float16
 
 
 def test_sizes_that_8_bit_products_do_not_take() -> None:
@@ -230,7 +237,7 @@ class OnCpu(fx.Interpreter):
         return (out if bias is None else out + bias).to(dtype)
 
 
-@pytest.mark.parametrize("fn", [ffn, biased])
+@pytest.mark.parametrize("fn", [ffn, biased, weighted])
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])
 def test_the_arithmetic(
     fn: Callable[..., Any], quantize: str, monkeypatch: pytest.MonkeyPatch

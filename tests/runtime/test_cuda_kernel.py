@@ -166,6 +166,29 @@ def test_another_process_finds_it_on_disk(machine: Machine) -> None:
     assert len(machine.compilations) == 3
 
 
+@pytest.mark.parametrize("damage", [b"", b"inductor_sparse cubin 1\n", b"\0" * 99])
+def test_a_damaged_entry_is_compiled_again(
+    damage: bytes, machine: Machine, tmp_path: Path
+) -> None:
+    kernel().compile()
+    (entry,) = tmp_path.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage)
+    assert kernel().compile() == b"machine code"
+    assert len(machine.compilations) == 2
+    assert entry.read_bytes() == whole
+
+
+def test_a_folder_that_takes_no_entries_only_costs_time(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(cubin_cache.VARIABLE, str(tmp_path / "file"))
+    for _ in range(2):
+        kernel().run(*tensors(), *NUMBERS, stream=0)
+    assert len(machine.compilations) == len(machine.launches) == 2
+
+
 def test_threads_compile_and_load_once(machine: Machine) -> None:
     shared = kernel()
     threads = [
