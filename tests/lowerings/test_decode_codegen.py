@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inductor_sparse.passes import base
+from inductor_sparse.profitability import cuda
+
 OPS = torch.ops.inductor_sparse
 PREDICATES = 16
 """Bytes of stack in which the assembler keeps predicates: there are only seven."""
@@ -145,3 +148,23 @@ def test_counters_of_a_gated_product_and_of_8_bit_rows() -> None:
         kernels = fake_cuda.triton_sources(made.code).values()
         (counting,) = (text for text in kernels if "atomic_add" in text)
         assert "'arg_COUNTERS': '*i64'" in counting
+
+
+def test_an_observed_site_is_called_with_its_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    observed = functools.partial(base.PassContext, demoted={})
+    monkeypatch.setattr(base, "PassContext", observed)
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(torch.relu(x), w) + 1
+
+    options = {"allow_unverified": True}
+    cudagraphs = {"triton.cudagraphs": True}
+    operands = meta(4, 16384), meta(4096, 16384)
+    made = fake_cuda.generate(fn, *operands, options=options, inductor=cudagraphs)
+    (decision,) = made.decisions
+    limit = cuda.break_even_union(4, 16384, 4096, "bfloat16")
+    called = rf"site_counters\.default\(\w+, '{decision.site}', {limit:.3f}, 4\)"
+    assert len(re.findall(called, made.code)) == 1
+    assert made.code.count("tl.atomic_add(COUNTERS") == 2
