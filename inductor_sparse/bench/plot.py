@@ -1,11 +1,12 @@
 """Draw the rows of ``bench ffn``: ratio over tokens, one line per density.
 
-Needs matplotlib, which the optional extra ``inductor-sparse[bench]`` installs.
+Rows of a GPU have a figure of their own: :mod:`inductor_sparse.bench.plot_gpu`.  Needs
+matplotlib, which the optional extra ``inductor-sparse[bench]`` installs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,49 +36,72 @@ def draw(rows: Sequence[Row], out: str | Path) -> Path:
         PlotDependencyError: matplotlib is missing.
         RowFileError: there are no rows, or rows of another benchmark.
     """
+    if rows and all(row.get("device") == "cuda" for row in rows):
+        from inductor_sparse.bench import plot_gpu
+
+        return plot_gpu.draw(rows, Path(out))
     _check(rows)
-    figure_class = _figure_class()
     panels = sorted({_panel(row) for row in rows})
     dtypes = sorted({dtype for _, dtype in panels}, reverse=True)
     ops = sorted({op for op, _ in panels})
-    figure = figure_class(figsize=(4.0 * len(ops), 3.2 * len(dtypes) + 0.5))
-    figure.set_facecolor("white")
-    grid = figure.subplots(
-        len(dtypes), len(ops), squeeze=False, sharex=True, sharey=True
-    )
+    made = figure(4.0 * len(ops), 3.2 * len(dtypes) + 0.5)
+    grid = made.subplots(len(dtypes), len(ops), squeeze=False, sharex=True, sharey=True)
     for dtype, line in zip(dtypes, grid, strict=True):
         for op, axes in zip(ops, line, strict=True):
             _draw_panel(axes, [row for row in rows if _panel(row) == (op, dtype)])
-            axes.set_ylim(*_limits(rows))
+            axes.set_ylim(*limits(rows))
             axes.set_title(f"{op}, {dtype}", fontsize=10)
+    tokens = sorted({row["tokens"] for row in rows})
     for axes in grid[-1]:
         axes.set_xlabel("tokens")
+        axes.set_xticks(tokens, [str(count) for count in tokens])
     for line in grid:
         line[0].set_ylabel("dense time / sparse time")
-    figure.text(0.01, 0.008, caption(rows), fontsize=7, va="bottom")
-    figure.tight_layout(rect=(0, 0.055, 1, 1))
-    path = Path(out)
+    return save(made, Path(out), caption(rows))
+
+
+def save(made: Any, path: Path, text: str) -> Path:
+    """Write a figure with ``text`` below it; the same rows give the same file."""
+    from matplotlib import rc_context
+
+    lines = 1 + text.count("\n")
+    height = made.get_size_inches()[1]
+    made.text(0.01, 0.03 / height, text, fontsize=7, va="bottom")
+    made.tight_layout(rect=(0, (0.02 + 0.13 * lines) / height, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white")
+    undated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with rc_context({"svg.hashsalt": "inductor-sparse"}):
+        made.savefig(path, dpi=160, facecolor="white", **undated)
     return path
 
 
 def caption(rows: Sequence[Row]) -> str:
     """Device, threads, versions, sizes and dates of the rows."""
-
-    def distinct(key: str) -> str:
-        return ", ".join(sorted({str(row.get(key, "unknown")) for row in rows}))
-
-    dates = sorted({str(row.get("timestamp", "unknown"))[:10] for row in rows})
-    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    said = {
+        name: distinct(rows, name)
+        for name in (
+            *("device_name", "vector_isa", "threads", "torch"),
+            *("dtype", "features", "hidden"),
+        )
+    }
     return (
-        f"{distinct('device_name')} ({distinct('vector_isa')}), "
-        f"{distinct('threads')} threads; torch {distinct('torch')}; "
-        f"dtype {distinct('dtype')}; features {distinct('features')}, "
-        f"hidden {distinct('hidden')}; {days}\n"
+        "{device_name} ({vector_isa}), {threads} threads; torch {torch}; "
+        "dtype {dtype}; features {features}, hidden {hidden}; ".format_map(said)
+        + f"{days(rows)}\n"
         "Baseline: the fastest of torch.compile with and without freezing and "
         "max-autotune. Bars: 95 % intervals. Shaded: slower than dense."
     )
+
+
+def distinct(rows: Sequence[Row], field: str) -> str:
+    """All values of a field."""
+    return ", ".join(sorted({str(row.get(field, "unknown")) for row in rows}))
+
+
+def days(rows: Sequence[Row]) -> str:
+    """The day, or the first and the last day, of the rows."""
+    dates = sorted({str(row.get("timestamp", "unknown"))[:10] for row in rows})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
 
 
 def _check(rows: Sequence[Row]) -> None:
@@ -93,15 +117,19 @@ def _check(rows: Sequence[Row]) -> None:
             )
 
 
-def _figure_class() -> Any:
-    """matplotlib's ``Figure``, which needs no display and no pyplot state."""
+def figure(width: float, height: float) -> Any:
+    """A white figure of that many inches; it needs no display and no pyplot state.
+
+    Raises:
+        PlotDependencyError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotDependencyError(
             "drawing needs matplotlib: pip install 'inductor-sparse[bench]'"
         ) from error
-    return Figure
+    return Figure(figsize=(width, height), facecolor="white")
 
 
 def _panel(row: Row) -> tuple[str, str]:
@@ -114,39 +142,49 @@ def _draw_panel(axes: Any, rows: Sequence[Row]) -> None:
     """The lines of one panel, an empty one included."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.axhspan(1e-3, 1.0, color="#d62728", alpha=0.10, linewidth=0)
+    mark_losses(axes)
     for index, density in enumerate(sorted({row["density"] for row in rows})):
         line = sorted(
             (row for row in rows if row["density"] == density),
             key=lambda row: row["tokens"],
         )
-        _draw_line(axes, line, f"{density:.0%} non-zero", index)
+        draw_line(
+            axes,
+            line,
+            lambda row: row["tokens"],
+            label=f"{density:.0%} non-zero",
+            color=COLORS[index % len(COLORS)],
+            marker=MARKERS[index % len(MARKERS)],
+        )
     _style(axes, rows)
 
 
-def _draw_line(axes: Any, line: Sequence[Row], label: str, index: int) -> None:
-    """One density: points with asymmetric error bars."""
+def mark_losses(axes: Any) -> None:
+    """The line at 1, and a shade below it."""
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.axhspan(1e-3, 1.0, color="#d62728", alpha=0.10, linewidth=0)
+
+
+def draw_line(
+    axes: Any, line: Sequence[Row], x: Callable[[Row], float], **style: str
+) -> None:
+    """Rows in the order of their ``x`` as points with asymmetric error bars."""
     ratios = [row["ratio"] for row in line]
     below = [row["ratio"] - row["ratio_low"] for row in line]
     above = [row["ratio_high"] - row["ratio"] for row in line]
     axes.errorbar(
-        [row["tokens"] for row in line],
+        [x(row) for row in line],
         ratios,
         yerr=[below, above],
-        label=label,
-        color=COLORS[index % len(COLORS)],
-        marker=MARKERS[index % len(MARKERS)],
         markersize=4,
         linewidth=1.5,
         capsize=3,
+        **style,
     )
 
 
 def _style(axes: Any, rows: Sequence[Row]) -> None:
-    """Ticks at the measured tokens and at plain ratios."""
-    tokens = sorted({row["tokens"] for row in rows})
-    axes.set_xticks(tokens, [str(count) for count in tokens])
+    """Ticks at plain ratios."""
     axes.minorticks_off()
     ticks = [0.5, 1, 2, 5, 10, 20]
     axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
@@ -155,8 +193,11 @@ def _style(axes: Any, rows: Sequence[Row]) -> None:
         axes.legend(fontsize=7, framealpha=0.9)
 
 
-def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Vertical limits that hold every interval and always show the line at 1."""
-    low = min(row["ratio_low"] for row in rows)
-    high = max(row["ratio_high"] for row in rows)
-    return min(0.7, low * 0.9), max(2.0, high * 1.15)
+def limits(rows: Sequence[Row], least: float = 2.0) -> tuple[float, float]:
+    """Vertical limits that hold every interval and always show the line at 1.
+
+    They reach up to ``least`` at least, and below 1 by half of that on the scale.
+    """
+    low = min((row["ratio_low"] for row in rows), default=1.0)
+    high = max((row["ratio_high"] for row in rows), default=1.0)
+    return min(least**-0.5, low * 0.9), max(least, high * 1.15)

@@ -41,7 +41,7 @@ def test_draws_a_single_row(tmp_path: Path, ffn_row: Row) -> None:
 
 
 def test_limits_hold_the_intervals_and_the_line_at_one(ffn_row: Row) -> None:
-    low, high = plot._limits(grid(ffn_row))
+    low, high = plot.limits(grid(ffn_row))
     assert low < 0.4 / 0.5 * 0.95
     assert low < 1.0 < high
     assert high > 0.4 / 0.05 * 1.05
@@ -71,3 +71,90 @@ def test_says_what_to_install_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PlotDependencyError, match=r"inductor-sparse\[bench\]"):
         draw([ffn_row], tmp_path / "plot.png")
+
+
+def gpu_rows(row: Row) -> list[Row]:
+    """Products, FFNs and decoding of a GPU, and a row that no panel shows."""
+    gpu = row | {"device": "cuda", "triton": "3.6.0", "device_name": "Some GPU"}
+    many = gpu | {"data": "trained", "dtype": "bfloat16"}
+    rows = [
+        many | {"op": op, "tokens": tokens, "quantize": quantize, "ratio": 1.2}
+        for op in ("gemm", "ffn")
+        for tokens in (512, 8192)
+        for quantize in ("none", "fp8")
+    ]
+    dense = rows[-1] | {"tokens": 1024, "status": "dense", "ratio": 1.0}
+    few = [gpu | {"op": "down", "density": density} for density in (0.1, 0.5)]
+    few.append(gpu | {"op": "ffn", "gated": True, "tokens": 4})
+    spread = {"ratio_low": 0.95, "ratio_high": 8.2}
+    return [one | spread for one in (*rows, dense, *few)] + [{"op": "relu2", "rows": 8}]
+
+
+def axes_of(
+    rows: list[Row], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The panels of a GPU's figure by their titles."""
+    made: list[Any] = []
+    figure = plot.figure
+    monkeypatch.setattr(
+        plot, "figure", lambda *size: made.append(figure(*size)) or made[0]
+    )
+    draw([one | {"device": "cuda"} for one in rows], out)
+    return {axes.get_title(): axes for axes in made[0].axes}
+
+
+def test_a_gpu_has_a_panel_for_each_regime(
+    tmp_path: Path, ffn_row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    panels = axes_of(gpu_rows(ffn_row), tmp_path / "plot.svg", monkeypatch)
+    assert list(panels) == [
+        *("2:4 product alone, many tokens", "whole FFN, many tokens"),
+        *("second matmul, few tokens", "whole FFN, few tokens"),
+    ]
+    ticks = {
+        name: [label.get_text() for label in axes.get_xticklabels()]
+        for name, axes in panels.items()
+    }
+    assert list(ticks.values()) == [
+        *(["512", "8k"], ["512", "1k", "8k"], ["10%", "50%"], ["10%"])
+    ]
+    legend = panels["whole FFN, many tokens"].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["bf16", "fp8", "16384 to 4096"]
+    hollow = [
+        list(line.get_ydata())
+        for line in panels["whole FFN, many tokens"].lines
+        if line.get_markerfacecolor() == "white" and len(line.get_ydata())
+    ]
+    assert hollow == [[1.0]]
+    for axes in panels.values():
+        low, high = axes.get_ylim()
+        assert low < 0.95 < 8.2 < high
+
+
+def test_the_same_rows_give_the_same_picture(tmp_path: Path, ffn_row: Row) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row | {"device": "cuda"} for row in gpu_rows(ffn_row)]
+    first, second = (draw(rows, tmp_path / f"{n}.svg").read_bytes() for n in (1, 2))
+    assert first == second
+
+
+def test_a_gpu_without_a_row_to_draw_is_refused(tmp_path: Path) -> None:
+    packing = {"op": "relu2", "rows": 8, "device": "cuda"}
+    with pytest.raises(RowFileError, match="no rows of `bench gemm` or `bench ffn`"):
+        draw([packing], tmp_path / "plot.png")
+
+
+def test_every_count_of_tokens_has_a_tick(
+    tmp_path: Path, ffn_row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    made: list[Any] = []
+    figure = plot.figure
+    monkeypatch.setattr(
+        plot, "figure", lambda *size: made.append(figure(*size)) or made[0]
+    )
+    rows = [ffn_row | {"tokens": 512}, ffn_row, ffn_row | {"op": "ffn", "tokens": 16}]
+    draw(rows, tmp_path / "plot.png")
+    labels = made[0].axes[-1].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["1", "16", "512"]
