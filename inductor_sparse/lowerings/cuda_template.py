@@ -153,8 +153,6 @@ class CudaTemplateKernel(Kernel):
             for name in printer.stored:
                 self.args.output(name)
                 self.store_buffer_names.add(name)
-            for node in self._unfused:
-                self.must_keep_buffers |= node.used_buffer_names()
         self.refusals = printer.refusals
         self._epilogue = printer.finish(self.removed_buffers)
         self._launch = self.buffer.render(self._epilogue)

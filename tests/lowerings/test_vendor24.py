@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,64 @@ def test_unpacking_on_a_gpu(
     )
     expected = formats.unpack(values[:, :-5].view(dtype), metadata, K)
     assert torch.equal(dense.view(dtype).view(bits), expected.view(bits))
+
+
+def product_of(M: int, K: int, dtype: torch.dtype, by_row: bool) -> tuple[Any, ...]:
+    """values, metadata, w, and what they multiply to."""
+    values, metadata = packed(M, K, dtype)
+    w = candidate_check.random_weight(
+        torch.empty(32, K, dtype=dtype).t(), candidate_check.generator(CPU)
+    )
+    w = w.contiguous() if by_row else w
+    expected = formats.unpack(values, metadata, K).double() @ w.double()
+    return values, metadata, w, expected
+
+
+SIZES = [(64, 128), (70, 100), (1, 192), (130, 72)]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("M, K", SIZES)
+def test_cutlass_is_given_whole_blocks(
+    M: int, K: int, dtype: torch.dtype, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def multiply(values: Tensor, words: Tensor, w: Tensor, out_dtype: Any) -> Tensor:
+        assert values.shape[0] % 64 == w.shape[0] % 64 == 0
+        assert 1 in w.stride()
+        dense = sparse_semi_structured_to_dense_cutlass(values, words)
+        return (dense.double() @ w.double()).to(out_dtype or dtype)
+
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", multiply)
+    values, metadata, w, expected = product_of(M, K, dtype, by_row)
+    wide = {"out_dtype": torch.float32} if dtype == torch.int8 else {}
+    found = vendor24.cutlass(values, metadata, w, **wide)
+    assert torch.equal(found, expected.to(found.dtype))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("M, K", SIZES)
+def test_cusparselt_is_given_whole_blocks(
+    M: int, K: int, dtype: torch.dtype, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = vendor24._Algorithm(7, 2, 1)
+
+    def multiply(compressed: Tensor, w: Tensor, **how: Any) -> Tensor:
+        assert compressed.shape[0] % 32 == compressed.shape[1] % 64 == 0
+        assert compressed.shape[1] == w.shape[0]
+        assert w.t().is_contiguous() or (dtype != torch.int8 and w.is_contiguous())
+        out_dtype = how.pop("out_dtype") or dtype
+        assert how == algorithm._asdict()
+        return (compressed.double() @ w.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    monkeypatch.setattr(vendor24, "_cusparselt_algorithm", lambda *args: algorithm)
+    values, metadata, w, expected = product_of(M, K, dtype, by_row)
+    wide = {"out_dtype": torch.float32} if dtype == torch.int8 else {}
+    found = vendor24.cusparselt(values, metadata, w, **wide)
+    assert torch.equal(found, expected.to(found.dtype))
 
 
 def test_scales_are_applied_before_rounding() -> None:
