@@ -199,3 +199,21 @@ def test_a_thread_does_not_wait_for_another_ones_look(device: Device) -> None:
     with gate._lock:
         assert not any(run(gate, 2 * FIRST_LOOK, lambda: None))
     assert device.copies == 0
+
+
+def test_each_device_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[list[torch.device]] = []
+
+    def start(sums: list[torch.Tensor]) -> device_sums.Copies:
+        copied.append([values.device for values in sums])
+        return device_sums.Copies(torch.tensor([[0, 0, 9, 10]] * len(sums)), None)
+
+    monkeypatch.setattr(device_sums, "start_copies", start)
+    gate, here, there = Gate(), torch.device("cpu"), torch.device("meta")
+    for site in (DOWN, UP):
+        for device in (here, there):
+            anchor = torch.zeros(1, device=device)
+            assert gate.counters(anchor, site, 0.6, 4).device == device
+    found = run(gate, FIRST_LOOK + 1, lambda: None)
+    assert copied == [[here, here], [there, there]]
+    assert found[-1] == dict.fromkeys((DOWN, UP), Finding(0.9, 4))
