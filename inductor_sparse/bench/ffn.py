@@ -34,6 +34,7 @@ from inductor_sparse.bench.quantized import by_torchao, quantized
 from inductor_sparse.bench.rows import Row, machine
 from inductor_sparse.bench.timing import Call, Evictor, interleave, screen_us
 from inductor_sparse.bench.variants import (
+    FEW_TOKENS,
     SETTINGS,
     Setting,
     Variant,
@@ -47,7 +48,7 @@ from inductor_sparse.errors import SparseError
 
 Report = Callable[[str], object]
 SETTLE_ATTEMPTS = 3
-DECODE_TOKENS = 16
+DECODE_TOKENS = FEW_TOKENS
 """Up to here calls are short and may read only a part of their weights."""
 STACKED = 16
 """Models that a GPU runs one after another where calls are that short."""

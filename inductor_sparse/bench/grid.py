@@ -1,5 +1,7 @@
 """``bench grid``: the rows behind the tables of a GPU, the most telling ones first.
 
+First what single figures need, then all shapes with one kind of data, then all data.
+
 A list of ordinary ``bench`` commands, run in one process: importing torch, starting the
 device and measuring its ceilings take longer than many rows.  Rows that are in the file
 are skipped, so that the same command again goes on where the last one stopped.
@@ -17,8 +19,8 @@ from inductor_sparse.errors import SparseError
 SIZES = ("4096x16384", "8192x28672", "5120x21504")
 PREFILL_TOKENS = (8192, 2048, 4096, 16384, 1024, 512, 32768)
 DECODE_TOKENS = (1, 4, 2, 8, 16)
-DATA = "trained,random"
-PREFILL_DENSITIES = "0.05,0.1,0.15"
+ALL_DATA = "--data trained,random --density 0.05,0.1,0.15"
+ONE_DATA = "--data trained --density 0.1"
 DECODE_DENSITIES = "0.02,0.05,0.1,0.2,0.5"
 GEMM_DTYPES = ("bfloat16", "float8_e4m3fn")
 QUANTIZE = ("none", "fp8")
@@ -29,28 +31,32 @@ SECONDS = 0.35
 
 def commands() -> Iterator[str]:
     """Every ``bench`` command of the grid, without device and file, in order."""
-    yield from _gemm("8192x8192", 8192)
-    for tokens in (8192, 2048, 4096):
-        yield from _gemm(SIZES[0], tokens)
-    yield from _ffn(SIZES[0], 8192, BOTH_SETTINGS)
+    yield from _gemm("8192x8192", "8192")
+    for tokens in PREFILL_TOKENS[:3]:
+        yield from _gemm(SIZES[0], str(tokens))
+    yield from _ffn(SIZES[0], str(PREFILL_TOKENS[0]), BOTH_SETTINGS)
     yield _decode("down", SIZES[0], 1)
     yield _decode("ffn", SIZES[0], 1)
     yield _decode("ffn", SIZES[0], 1, "--gated")
     yield _decode("down", SIZES[0], 4)
     yield _decode("down", SIZES[1], 1)
     yield f"pack --dtype bfloat16 --size {SIZES[0]} --tokens 8192"
-    for tokens in PREFILL_TOKENS:
-        for size in SIZES:
-            yield from _ffn(size, tokens, "default")
-            yield from _gemm(size, tokens)
+    every = ",".join(map(str, PREFILL_TOKENS))
+    for size in SIZES:
+        yield from _ffn(size, every, "default", ONE_DATA)
+        yield from _gemm(size, every, f"{ONE_DATA} --quick")
     for tokens in DECODE_TOKENS:
         yield _decode("down", SIZES[0], tokens)
         yield _decode("ffn", SIZES[0], tokens)
         yield _decode("ffn", SIZES[0], tokens, "--gated")
+    for tokens in PREFILL_TOKENS:
+        for size in SIZES:
+            yield from _ffn(size, str(tokens), "default")
+            yield from _gemm(size, str(tokens))
     yield _decode("down", SIZES[0], 1, settings=BOTH_SETTINGS)
     for tokens in PREFILL_TOKENS:
         for size in SIZES:
-            yield from _ffn(size, tokens, BOTH_SETTINGS)
+            yield from _ffn(size, str(tokens), BOTH_SETTINGS)
 
 
 def run(arguments: argparse.Namespace, parse: Callable[..., argparse.Namespace]) -> int:
@@ -87,23 +93,17 @@ def _common(arguments: argparse.Namespace) -> list[str]:
     return [*where, "--seconds", str(SECONDS)]
 
 
-def _gemm(size: str, tokens: int) -> Iterator[str]:
-    """Products of one shape, all data; what is compiled for it serves them all."""
-    what = f"--size {size} --tokens {tokens}"
+def _gemm(size: str, tokens: str, data: str = ALL_DATA) -> Iterator[str]:
+    """Products; what is compiled for a shape serves all of its data."""
     for dtype in GEMM_DTYPES:
-        yield (
-            f"gemm --dtype {dtype} {what} --data {DATA} --density {PREFILL_DENSITIES}"
-        )
+        yield f"gemm --dtype {dtype} --size {size} --tokens {tokens} {data}"
 
 
-def _ffn(size: str, tokens: int, settings: str) -> Iterator[str]:
-    """Whole FFNs of one shape, all data."""
-    what = f"--size {size} --tokens {tokens} --settings {settings}"
+def _ffn(size: str, tokens: str, settings: str, data: str = ALL_DATA) -> Iterator[str]:
+    """Whole FFNs; a model serves all of its tokens."""
+    what = f"--size {size} --tokens {tokens} --settings {settings} {data}"
     for quantize in QUANTIZE:
-        yield (
-            f"ffn --op ffn --no-gated --dtype bfloat16 --quantize {quantize} {what} "
-            f"--data {DATA} --density {PREFILL_DENSITIES}"
-        )
+        yield f"ffn --op ffn --no-gated --dtype bfloat16 --quantize {quantize} {what}"
 
 
 def _decode(

@@ -31,8 +31,11 @@ from inductor_sparse.bench.models import Input, parts
 from inductor_sparse.errors import NothingAppliedError
 from inductor_sparse.report.calibrate import calibrate
 
-WARMUP_CALLS = {"cpu": 10, "cuda": 3}
-"""Of a variant after its first call; capturing for a GPU's timing makes more."""
+WARMUP_CALLS = 20
+"""Of a variant after its first call: by then it has found out if it has to adapt."""
+MANY_WARMUP_CALLS = 3
+"""The same with many tokens on a GPU, where calls are long and nothing adapts."""
+FEW_TOKENS = 16
 GRAPH_CACHES_OFF = {
     "fx_graph_cache": False,
     "fx_graph_remote_cache": False,
@@ -158,7 +161,9 @@ def compile_variant(
         start = time.perf_counter()
         call(inputs[0])
         variant.compile_s = time.perf_counter() - start
-        for index in range(max(WARMUP_CALLS[device], len(inputs))):
+        many = device != "cpu" and len(parts(inputs[0])[0]) > FEW_TOKENS
+        warmup = MANY_WARMUP_CALLS if many else WARMUP_CALLS
+        for index in range(max(warmup, len(inputs))):
             call(inputs[index % len(inputs)])
     return variant
 

@@ -49,6 +49,39 @@ def test_products(dtype: str, tmp_path: Path) -> None:
     assert row["dense_us"] == row["variants"][row["baseline"]]["us"]
 
 
+def test_data_of_one_product_share_its_kernels(tmp_path: Path) -> None:
+    argv = ("--size", "1024x2048", "--tokens", "1024", "--data", "trained,random")
+    found = rows(tmp_path, "gemm", *argv, "--dtype", "float8_e4m3fn")
+    assert [row["density"] for row in found] == [0.05, 0.1, 0.15, 1.0]
+    for row in found:
+        assert {"torch.compile", "_scaled_mm"} <= set(row["variants"])
+        assert all(side["max_rel_err"] < 0.02 for side in row["variants"].values())
+    assert len({row["variants"]["sparse24_mm"]["prepare_s"] for row in found}) == 1
+
+
+def test_torchao_runs_where_it_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    size = ("--size", "1024x2048", "--tokens", "1024")
+    (row,) = rows(tmp_path, "gemm", *size, "--dtype", "float8_e4m3fn", "--quick")
+    assert row["variants"]["torchao"]["max_rel_err"] < 0.02, row["unavailable"]
+    argv = ("--op", "ffn", "--no-gated", "--dtype", "bfloat16", "--quantize", "fp8")
+    (row,) = rows(
+        *(tmp_path, "ffn", *size, *argv, "--density", "0.1", "--settings", "default")
+    )
+    assert set(row["dense_candidates_us"]) == {"default", "torchao, default"}
+    assert row["dense_rms_rel_err"] < 0.1
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_a_whole_ffn_is_compiled_once(quantize: str, tmp_path: Path) -> None:
+    argv = ("--op", "ffn", "--no-gated", "--dtype", "bfloat16", "--quantize", quantize)
+    argv += ("--size", "4096x16384", "--tokens", "2048", "--settings", "default")
+    found = rows(tmp_path, "ffn", *argv, "--density", "0.05,0.1")
+    assert [row["status"] for row in found] == ["applied"] * 2
+    assert len({row["sparse_compile_s"] for row in found}) == 1
+    assert all(row["rms_rel_err"] < 0.1 for row in found)
+
+
 def test_packing(tmp_path: Path) -> None:
     size = ("--size", "512x2048", "--tokens", "512", "--dtype", "bfloat16")
     found = {row["op"]: row for row in rows(tmp_path, "pack", *size)}
