@@ -116,6 +116,52 @@ def test_the_copy_in_a_cuda_graph_outlives_its_weight() -> None:
     prepared_weights.forget()
 
 
+def test_the_memory_of_a_dead_weight_belongs_to_another() -> None:
+    """Where nothing is compared, as on a GPU, the storage alone tells."""
+    weight = torch.randn(48, 80)
+    transposed(weight)
+    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    entry.places = None
+    assert entry.is_right(weight)
+    del weight
+    gc.collect()
+    assert not entry.is_right(torch.randn(48, 80))
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+
+def test_a_copy_that_a_cuda_graph_reads_keeps_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepared_weights, "outside_graph_pools", lambda _, make: make())
+    capturing = False
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: capturing, raising=False
+    )
+    weight = torch.randn(48, 80).as_subclass(OnGpu)
+    window = ([80, 48], [1, 80], 0, weight.dtype)
+    copy = prepared_weights.fetch(weight, *window)
+    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    assert not entry.captured
+    capturing = True
+    assert prepared_weights.fetch(weight, *window) is copy
+    assert entry.captured
+    with torch.no_grad():
+        weight.mul_(2)
+    # A graph that nobody warmed up makes a copy of its own.
+    assert prepared_weights.fetch(weight, *window).data_ptr() != copy.data_ptr()
+    capturing = False
+    assert prepared_weights.fetch(weight, *window).data_ptr() == copy.data_ptr()
+    assert torch.equal(copy, weight.t())
+    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    assert entry.captured
+
+
 def test_a_new_weight_at_the_same_address_has_its_own_copy() -> None:
     for _ in range(20):  # the allocator hands out the same block again
         weight = nn.Parameter(torch.randn(48, 80))

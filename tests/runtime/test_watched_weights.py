@@ -91,6 +91,32 @@ def test_two_graphs_of_one_weight() -> None:
             assert_product(call(x, weight), x, weight)
 
 
+@torch.no_grad()
+def test_a_weight_that_comes_back_is_still_watched() -> None:
+    first, other, elsewhere = (nn.Parameter(torch.randn(48, 80)) for _ in range(3))
+    watch = watched_weights._Watch()
+    for copied, given in ((first, first), (elsewhere, other)):
+        OP(copied, [80, 48], [1, 80], 0, copied.dtype)
+        watch.learn((given,))
+    first.mul_(2)
+    watch.refresh((first,))
+    (entry,) = prepared_weights.entries_at(first.data_ptr())
+    assert torch.equal(entry.copies[0], first.t())
+
+
+@torch.no_grad()
+def test_a_tensor_without_versions_is_not_watched() -> None:
+    weight, x = torch.randn(48, 80), torch.randn(3, 80)
+    OP(weight, [80, 48], [1, 80], 0, weight.dtype)
+    with torch.inference_mode():
+        alias = torch.from_dlpack(weight)
+    assert alias.is_inference()
+    assert alias.data_ptr() == weight.data_ptr()
+    call = watched_weights.watched(Replayed(), [x])
+    for _ in range(2):
+        assert_product(call(x, alias), x, weight)
+
+
 def test_graphs_without_a_gpu_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 
