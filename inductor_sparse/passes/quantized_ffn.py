@@ -125,9 +125,6 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
     return dataclasses.replace(ffn, predicted=True, note="; scales predicted")
 
 
-_FUSED = "linear_sparsify24_quantized"
-
-
 def _prediction_obstacle(
     site: Site, z: fx.Node, ffn: QuantizedFfn, context: PassContext
 ) -> str | None:
@@ -138,7 +135,8 @@ def _prediction_obstacle(
     if isinstance(linear, str):
         return linear
     arch = context.architecture(site.matmul.meta["val"].device)
-    obstacle = kernel_obstacle((_FUSED,), ffn.dtype_name, arch, context)
+    ops = ("linear_sparsify24_quantized",)
+    obstacle = kernel_obstacle(ops, ffn.dtype_name, arch, context)
     return None if obstacle is None else obstacle.detail
 
 
@@ -202,12 +200,10 @@ def _emit_fused(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
     x, w1 = _items(rows, 2, before), _items(weight, 3, before)
     bias = () if first.bias is None else (first.bias,)
     row_scale = insert_traced(before, _predicted(activation), (*x, w1[2], *bias))
-    operands = (*x, *w1[:2], first.bias if bias else None, row_scale)
-    packed = insert_call(before, _FUSED_OP, (*operands, activation, select))
+    arguments = (*x, *w1[:2], first.bias, row_scale, activation, select)
+    target = _ops.linear_sparsify24_quantized.default
+    packed = insert_call(before, target, arguments)
     return (*_items(packed, 2, before), row_scale)
-
-
-_FUSED_OP = _ops.linear_sparsify24_quantized.default
 
 
 def _predicted(activation: str) -> Callable[..., Tensor]:
