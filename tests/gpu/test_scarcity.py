@@ -6,9 +6,6 @@ Shape legend: ``M`` tokens, ``K`` neurons, ``N`` features.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from two_processes import WAIT, at_once
 
 from inductor_sparse import decisions, formats, ops
 from inductor_sparse.decisions import Reason
@@ -128,41 +126,21 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton is missing" in decision.detail
 
 
-SCRIPT = """
-import sys
+PACK = """
 import torch
-sparse = torch.ops.inductor_sparse
 import inductor_sparse
+sparse = torch.ops.inductor_sparse
 z = torch.arange(64 * 256, device="cuda").view(64, 256).remainder(7).bfloat16()
 w = torch.arange(512 * 256, device="cuda").view(512, 256).remainder(5).bfloat16()
 packed = sparse.sparsify24(z, "relu", "largest")
 torch.cuda.synchronize()
-print("ready", flush=True)
-sys.stdin.readline()
+"""
+MULTIPLY = """
 print(sparse.sparse24_mm(*packed, w.t()).double().sum().item())
 """
 
 
 def test_two_processes_fill_the_cache_at_once(tmp_path: Path) -> None:
-    environment = {**os.environ, cubin_cache.VARIABLE: str(tmp_path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    sums = {process.communicate(timeout=60)[0] for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    assert len(sums) == 1
+    printed = at_once(PACK + WAIT + MULTIPLY, **{cubin_cache.VARIABLE: str(tmp_path)})
+    assert len(set(printed)) == 1
     assert [entry.suffix for entry in tmp_path.iterdir()] == [".cubin"]
