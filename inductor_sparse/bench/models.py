@@ -229,7 +229,11 @@ def dropped_energy(model: Model, x: Tensor) -> float:
 def sample(x: Tensor) -> Tensor:
     """At most :data:`ROWS_CHECKED` rows, evenly spread from the first to the last."""
     count = min(len(x), ROWS_CHECKED)
-    return x[torch.linspace(0, len(x) - 1, count, dtype=torch.float64).round().long()]
+    rows = torch.linspace(0, len(x) - 1, count, dtype=torch.float64).round().long()
+    if x.itemsize > 1:
+        return x[rows]
+    # Not every device can index the 8-bit floating types.
+    return x.view(torch.uint8)[rows].view(x.dtype)
 
 
 def errors(model: Model, x: Tensor, *results: Tensor) -> list[tuple[float, float]]:

@@ -93,6 +93,13 @@ def test_a_sample_reaches_from_the_first_row_to_the_last(rows: int) -> None:
     assert len(found) == min(rows, 256)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_sample_of_8_bits_keeps_its_values(dtype: torch.dtype) -> None:
+    x = torch.arange(-8, 8).to(dtype).repeat(64, 1)
+    assert sample(x).dtype is dtype
+    assert torch.equal(sample(x).float(), x.float())
+
+
 def test_activations() -> None:
     z = torch.tensor([-2.0, 0.0, 3.0])
     assert activate(z, "relu").tolist() == [0.0, 0.0, 3.0]
