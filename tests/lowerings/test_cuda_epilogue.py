@@ -104,6 +104,25 @@ def test_nan_and_infinity_go_through(op: Function, tmp_path: Path) -> None:
     check(fn, tmp_path, a, b, bias)
 
 
+def test_ties_and_what_does_not_fit(tmp_path: Path) -> None:
+    row = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, -1.0, -200.0, 300.0, 17.0]
+    b = torch.tensor(row).expand(10, 10).contiguous()
+    large = torch.arange(10, dtype=torch.int32) - 2**30
+
+    def fn(mm: Function, a: Tensor, b: Tensor, large: Tensor) -> tuple[Tensor, ...]:
+        y = mm(a, b)  # of the unit matrix: exact
+        return (
+            y.round(),
+            y.to(torch.uint8),
+            large.abs() + (y > 0),
+            y.to(torch.float8_e4m3fn).to(y.dtype) * 3,
+        )
+
+    generated = check(fn, tmp_path, torch.eye(10), b, large)
+    # On a GPU a negative float would become 0 on the direct way.
+    assert "(unsigned char)((long long)" in generated.code
+
+
 def test_integers_and_masks(tmp_path: Path) -> None:
     a, b, _, _ = operands()
     mask = torch.arange(60).view(6, 10) % 3 == 0
