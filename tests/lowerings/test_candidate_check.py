@@ -187,3 +187,11 @@ def test_what_fails_only_when_it_is_timed_is_out(
     monkeypatch.setattr(Clock, "benchmark_gpu", fail)
     took, oracle = race(lambda x: x + x)
     assert (took, oracle.timed) == (math.inf, 0)
+
+
+def test_an_unknown_error_is_too_large(
+    race: Race, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Doubled, "error", lambda *_: math.nan)
+    took, oracle = race(lambda x: x + x)
+    assert (took, oracle.timed) == (math.inf, 0)
