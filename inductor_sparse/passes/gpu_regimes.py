@@ -80,19 +80,26 @@ class Limits:
     """The numbers of tokens at which the regimes of a site end and begin.
 
     Without what was observed at run time the first would have ended at
-    ``expected_up_to``.
+    ``expected_up_to``.  ``regimes`` are those that the options allow, and whose limits
+    are told.
     """
 
     skip_up_to: int
     expected_up_to: int
     pack_from: int | None
     graphs: bool
+    regimes: frozenset[Regime]
 
     def __str__(self) -> str:
         skip = f"up to {self.skip_up_to} tokens" if self.skip_up_to else "never"
         pack = "never" if self.pack_from is None else f"from {self.pack_from} tokens on"
+        told = {
+            Regime.SKIP: f"skipping zeros wins {skip}",
+            Regime.PACK: f"2:4 wins {pack}",
+        }
+        limits = ", ".join(told[regime] for regime in told if regime in self.regimes)
         launched = "" if self.graphs else ", without CUDA graphs,"
-        return f"for this shape{launched} skipping zeros wins {skip}, 2:4 {pack}"
+        return f"for this shape{launched} {limits}"
 
 
 def choose_on_gpu(
@@ -133,6 +140,7 @@ def choose(
         else (0, 0),
         packing.min_tokens(K, N) if _may_pack(obstacles, packing, decision) else None,
         context.cuda_graphs,
+        frozenset(obstacles),
     )
     if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
         gain = cuda.decode_gain(

@@ -21,7 +21,8 @@ K, N = 16384, 4096
 FEW = profitability.cuda.decode_max_tokens(K, N, "bfloat16", None)
 MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16", graphs=True)
 LIMITS = (
-    f"for this shape skipping zeros wins up to {FEW} tokens, 2:4 from {MANY} tokens on"
+    f"for this shape skipping zeros wins up to {FEW} tokens, "
+    f"2:4 wins from {MANY} tokens on"
 )
 HALF = [torch.bfloat16, torch.float16]
 UNVERIFIED = {"allow_unverified": True}
@@ -135,6 +136,7 @@ def test_an_applied_site_names_its_limits() -> None:
 def test_exact_turns_packing_off() -> None:
     _, decision = run(options={"activation_format": "exact"})
     assert decision.reason is Reason.NOT_PROFITABLE
+    assert decision.detail.endswith(f"skipping zeros wins up to {FEW} tokens")
     _, decision = run(M=1, options={"activation_format": "exact"})
     assert decision.op == "activation_spmm"
 
@@ -143,6 +145,7 @@ def test_exact_turns_packing_off() -> None:
 def test_2_4_is_taken_at_every_size(M: int) -> None:
     _, decision = run(M=M, options={"activation_format": "2:4"})
     assert decision.op == "sparse24_mm"
+    assert decision.detail == f"for this shape 2:4 wins from {MANY} tokens on"
     assert decision.expected_gain is not None
     assert (decision.expected_gain > 1) == (M == 2048)
 
@@ -221,19 +224,21 @@ def test_float32_has_no_packed_kernel() -> None:
 
 @pytest.mark.parametrize("M", [FEW, 64])
 def test_what_can_never_be_packed_names_no_limit_for_it(M: int) -> None:
-    packs = f"2:4 from {MANY} tokens on"
+    packs = f"2:4 wins from {MANY} tokens on"
     assert packs in run(M=M)[1].detail
     assert packs in run(M=M, arch="sm_80", options=UNVERIFIED)[1].detail
-    assert run(M=M, dtype=torch.float32)[1].detail.endswith("2:4 never")
-    assert run(M=M, arch="sm_120", options=UNVERIFIED)[1].detail.endswith("2:4 never")
-    assert run(M=M, outputs=N + 4)[1].detail.endswith("2:4 never")
+    assert run(M=M, dtype=torch.float32)[1].detail.endswith("2:4 wins never")
+    assert run(M=M, arch="sm_120", options=UNVERIFIED)[1].detail.endswith(
+        "2:4 wins never"
+    )
+    assert run(M=M, outputs=N + 4)[1].detail.endswith("2:4 wins never")
 
 
 def test_a_missing_package_keeps_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     from inductor_sparse.passes import toolchains
 
     monkeypatch.setattr(toolchains.nvrtc, "unavailable_reason", lambda: "no NVRTC here")
-    assert run(M=64)[1].detail.endswith(f"2:4 from {MANY} tokens on")
+    assert run(M=64)[1].detail.endswith(f"2:4 wins from {MANY} tokens on")
 
 
 def plan(density: float, dropped: float) -> Plan:
@@ -291,7 +296,7 @@ def test_narrow_products_are_not_packed() -> None:
     narrow = profitability.cuda.PREFILL_MIN_SIZE // 2
     _, decision = run(M=65536, outputs=narrow)
     assert decision.reason is Reason.NOT_PROFITABLE
-    assert "2:4 never" in decision.detail
+    assert "2:4 wins never" in decision.detail
 
 
 def test_cuda_graphs_launch_small_products_in_no_time() -> None:
