@@ -206,6 +206,9 @@ def test_casts_are_rounded_where_inductor_is_told_to(tmp_path: Path) -> None:
     generated = epilogue(fn, a, b, bias, inductor=rounding)
     (actual,) = small_cuda_op.on_cpu(generated, tmp_path, a, b, bias)
     assert torch.equal(actual, fn(small_cuda_op.mm, a, b, bias))
+    widened = epilogue(lambda mm, *ab: mm(*ab).float(), a, b, inductor=rounding)
+    (actual,) = small_cuda_op.on_cpu(widened, tmp_path, a, b)
+    assert torch.equal(actual, small_cuda_op.mm(a, b).float())
     assert (
         "epilogue::rounded<" not in epilogue(fn, a, b, bias).code.split("small_mm")[1]
     )

@@ -87,6 +87,7 @@ def test_rows_are_an_argument() -> None:
         linear, *packed(320, 1024), meta(256, 1024), dynamic=[320, 5]
     )
     assert re.search(r", s\d+, 256, 1024, stream=", launch(generated))
+    assert "pack16(acc0, acc1)" in generated.code
 
 
 def test_scales_are_applied_in_the_kernel() -> None:

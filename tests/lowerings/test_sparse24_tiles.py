@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -55,6 +56,30 @@ def test_a_tile_compiles_and_its_instructions_overlap(
     assert "C75" not in compiled.log
     assert compiled.registers <= 168
     assert compiled.local <= 64
+
+
+@pytest.mark.parametrize("dtype, order, tile", TILES)
+def test_copies_fill_what_the_kernel_expects(
+    dtype: torch.dtype, order: str, tile: TileConfig
+) -> None:
+    text, sizes = source(dtype, order, tile), {}
+    for name, value in re.findall(r"^constexpr int (\w+) = ([^;]+);", text, re.M):
+        sizes[name] = eval(value.replace("/", "//"), {}, sizes)
+    epilogue = sparse24_kernel.plain_epilogue(BF16, 4096)
+    boxes = sparse24_kernel.map_boxes(dtype, tile, epilogue, order)
+    items = (dtype.itemsize, dtype.itemsize, 2, 4)
+    copied = [
+        math.prod(box["box"]) * item for box, item in zip(boxes, items, strict=True)
+    ]
+    parts = tile.cluster if order == "k" else tile.block_n // 64
+    assert copied[0] == sizes["A_BYTES"]
+    assert copied[1] * parts == sizes["B_BYTES"]
+    assert copied[2:] == [sizes["STORE_BYTES"], sizes["E_BLOCK"]]
+    # A row of a box is as wide as the pattern that it is swizzled by.
+    widths = [
+        box["box"][0] * item for box, item in zip(boxes[:3], items[:3], strict=True)
+    ]
+    assert [box["swizzle"] for box in boxes] == [*widths, 0]
 
 
 def main_loop(sass: list[str]) -> list[str]:
