@@ -19,9 +19,9 @@ If ``out_dtype`` is not None, the kernel stores one output itself: the 16-bit va
 of 16 bytes.  Every other store is in ``body``.
 
 Values are computed in float32, the product as it was accumulated: as in Inductor's own
-fused kernels, only what is stored is rounded.  With ``emulate_precision_casts`` the
-product is rounded first, like every step in eager mode.  Outside the output, values are
-those of some element inside.
+fused kernels, only what is stored is rounded.  With ``emulate_precision_casts``
+Inductor rounds what a node reads, too, as every step in eager mode is.  Outside the
+output, values are those of some element inside.
 
 An in-kernel value is used only where a node reads exactly this thread's element; a node
 that reads another one, or has an op that cannot be printed, is refused and runs
@@ -38,7 +38,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.codegen.common import Kernel
 from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.scheduler import SchedulerNode
@@ -113,12 +113,8 @@ class EpiloguePrinter:
         self.device = product.get_device()
         self.ops = _NodeOps(self)
         self.refusals: dict[str, str] = {}
-        name, dtype = product.get_name(), product.get_dtype()
-        value = Pair("acc0", "acc1", torch.float32)
-        if config.emulate_precision_casts and dtype != torch.float32:
-            value = self.ops.rounded(value, dtype)
-        self.product = name
-        self.stored = {name: _Stored(value, self.space.row_major)}
+        self.product = product.get_name()
+        self.stored = {self.product: _Stored(self._plain(), self.space.row_major)}
         self._refused = set(unreadable)
 
     def fuse(self, node: SchedulerNode) -> bool:
