@@ -28,6 +28,9 @@ settings.load_profile("repeatable")
 # to start than it saves on graphs this small.  Read by torch when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# Triton 3.9 warns wherever its coming default is not decided beforehand.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """Tensors made when a test file is imported are the same in every run."""
@@ -67,13 +70,12 @@ def _no_graph_cache() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_structured_trace() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _no_structured_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pytest listens to every logger that keeps to itself; torch takes that as a wish.
 
     A logger that propagates is left alone, and without a handler nothing is traced.
     """
     logger = logging.getLogger("torch.__trace")
-    logger.propagate = True
-    yield
-    logger.propagate = False
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])

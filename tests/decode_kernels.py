@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import interpreter_mends
 import jinja2
 import torch
 from torch import Tensor
@@ -183,7 +184,9 @@ class Interpreter:
         self.folder = folder
         context = multiprocessing.get_context("spawn")
         with patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            self.pool = ProcessPoolExecutor(1, mp_context=context)
+            self.pool = ProcessPoolExecutor(
+                1, context, initializer=interpreter_mends.mend
+            )
             self.pool.submit(os.getpid).result()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -178,7 +178,8 @@ def on_cpu(generated: Generated, folder: Path, *inputs: Tensor) -> list[Tensor]:
     ((name, arguments),) = re.findall(r"(small_mm_\d+)\.run\((.*?), stream=", code)
     known: dict[str, object] = {"torch": torch, "reinterpret_tensor": torch.as_strided}
     known |= {f"arg{at}_1": tensor for at, tensor in enumerate(inputs)}
-    for symbol, arg, at in re.findall(r"(s\d+) = (arg\d+_1)_size\[(\d)\]", code):
+    sizes = r"(s\d+) = (arg\d+_1)(?:_size|\.size\(\))\[(\d)\]"
+    for symbol, arg, at in re.findall(sizes, code):
         known[symbol] = known[arg].shape[int(at)]
     for buffer, size, stride, dtype in re.findall(
         r"(buf\d+) = empty_strided_cuda\((\(.*?\)), (\(.*?\)), (torch\.\w+)\)", code

@@ -23,6 +23,7 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import interpreter_mends
 from triton_interpreter import SparseFile, receive, send
 
 from inductor_sparse.runtime import triton_text
@@ -41,7 +42,6 @@ _cast, _multiply, _absolute = (
     Builder.create_fmul,
     Builder.create_fabs,
 )
-_patch_tensor = interpreter._patch_lang_tensor
 
 
 def to_float32(data: Any, dtype: Any) -> Any:
@@ -95,12 +95,6 @@ def absolute(self: Any, a: Any) -> Any:
     return _absolute(self, a)
 
 
-def patch_tensor(tensor: Any, scope: Any) -> None:
-    """Scalars can bound a loop: older interpreters trip over newer numpy."""
-    _patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
 def arguments_as_they_are(self: Any, args: Any, kwargs: Any) -> Any:
     """They are on the CPU already; copies of them might not fit."""
     return args, kwargs
@@ -115,7 +109,7 @@ def mend() -> None:
     Builder.create_fp_trunc = Builder.create_fp_ext = cast
     Builder.create_fmul = multiply
     Builder.create_fabs = absolute
-    interpreter._patch_lang_tensor = patch_tensor
+    interpreter_mends.mend()
 
 
 def load(source: list[str] | str) -> Any:

@@ -220,6 +220,8 @@ def test_several_threads_compile_at_once() -> None:
     failures: list[BaseException] = []
     compiled: list[str] = []
     options = {"fx_graph_cache": False}
+    # Two threads at once may not load a backend's entry point: torch allows one only.
+    torch._dynamo.lookup_backend("sparse")
 
     def work(layers: int) -> None:
         model = Stack(*[relu2] * layers)
