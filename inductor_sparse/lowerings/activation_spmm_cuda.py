@@ -169,11 +169,17 @@ SUM_TEMPLATE = TritonTemplate(
 )
 
 
+MOST_ROWS = 65535
+"""Rows of all batches together: CUDA bounds the second dimension of a grid."""
+
+
 def takes(*tensors: ir.TensorBox) -> bool:
-    """Whether the kernels take these operands: not empty, on a GPU, one dtype."""
+    """Whether the kernels take these operands: on a GPU, one dtype, few enough rows."""
     dtype = tensors[0].get_dtype()
+    rows = sympy.prod(tensors[0].get_size()[:-1])
     return (
         dtype in DOT_DTYPES
+        and size_hint(rows) <= MOST_ROWS
         and not V.graph.cpp_wrapper
         and all(
             t.get_device().type == "cuda"

@@ -83,6 +83,18 @@ def test_other_operands_call_the_op() -> None:
     assert "activation_spmm.default" in made.code
 
 
+def test_more_rows_than_a_grid_may_have_call_the_op() -> None:
+    def fn(z: Tensor, w: Tensor) -> Tensor:
+        return OPS.activation_spmm(z, w, "relu")
+
+    def kernels(*size: int) -> int:
+        w = meta(*size[:-1], 96, 80)
+        return len(fake_cuda.generate(fn, meta(*size, 96), w).kernels)
+
+    assert (kernels(65535), kernels(65536)) == (2, 0)
+    assert (kernels(13107, 5), kernels(16384, 4)) == (2, 0)
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 COMPILED = [((9, 0), M, dtype) for M in (1, 2, 4, 8) for dtype in (BF16, FP32)]
 COMPILED += [(capability, 4, BF16) for capability in ((8, 0), (8, 9), (10, 0))]
