@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import zipfile
@@ -68,14 +69,30 @@ def test_changelog_names_the_version() -> None:
 def test_torch_is_held_at_the_installed_version() -> None:
     pins = "# why\ntorch==2.13.0\nrich==15.0.0\ntorchfoo==1\n"
     assert setup_env.pinned_torch(pins) == "torch==2.13.0"
-    held = setup_env.constraints_for(pins, "2.11.0+cpu")
+    held = setup_env.constraints_for(pins, {"torch": "2.11.0+cpu", "rich": "14.0"})
     assert held == "# why\nrich==15.0.0\ntorchfoo==1\ntorch==2.11.0+cpu\n"
 
 
 @pytest.mark.parametrize(("torch", "kept"), [("2.13.0+cpu", True), ("2.11.0", False)])
 def test_triton_is_pinned_beside_the_torch_it_fits(torch: str, kept: bool) -> None:
     pins = "torch==2.13.0\ntriton==3.7.1\n"
-    assert ("triton==3.7.1\n" in setup_env.constraints_for(pins, torch)) == kept
+    held = setup_env.constraints_for(pins, {"torch": torch})
+    assert ("triton==3.7.1\n" in held) == kept
+
+
+def test_what_a_torch_for_gpus_brings_is_held_as_it_is() -> None:
+    pins = "torch==2.13.0\ntriton==3.7.1\ncuda-bindings==13.5.0\nruff==1\n"
+    pins += "nvidia-cuda-nvrtc==13.5.37\n"
+    brought = {"torch": "2.15.0", "triton": "3.9.0", "nvidia-cuda-nvrtc": "13.2.86"}
+    held = setup_env.constraints_for(pins, brought).splitlines()
+    assert held[:2] == ["cuda-bindings==13.5.0", "ruff==1"]
+    assert held[2:] == [f"{name}=={brought[name]}" for name in sorted(brought)]
+
+
+def test_installed_packages_have_names_as_in_requirements() -> None:
+    packages = setup_env.installed_packages(Path(sys.executable))
+    assert packages["torch"] == importlib.metadata.version("torch")
+    assert "pytest-xdist" in packages
 
 
 def test_committed_pin_is_one_version_of_torch() -> None:

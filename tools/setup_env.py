@@ -19,6 +19,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,26 @@ def pinned_torch(constraints: str) -> str:
     return re.findall(r"^torch==\S+", constraints, flags=re.MULTILINE)[0]
 
 
-def constraints_for(constraints: str, torch_version: str) -> str:
-    """The same constraints, with torch held at ``torch_version`` instead.
+def constraints_for(constraints: str, installed: Mapping[str, str]) -> str:
+    """The same constraints, with torch and what came with it held as ``installed``.
 
-    Every torch wants a Triton of its own: another torch takes the pin away.
+    Every torch wants a Triton of its own: another torch takes the pin away.  One that
+    is built for a GPU wants versions of NVIDIA's packages as well.
     """
     pinned = pinned_torch(constraints).removeprefix("torch==")
-    fits = torch_version.partition("+")[0] == pinned
-    names = ("torch=",) if fits else ("torch=", "triton=")
-    others = [line for line in constraints.splitlines() if not line.startswith(names)]
-    return "\n".join([*others, f"torch=={torch_version}", ""])
+    fits = installed["torch"].partition("+")[0] == pinned
+    dropped = {"torch"} if fits else {"torch", "triton"}
+    held = [
+        name
+        for name in sorted(installed)
+        if name in ("torch", "triton") or name.startswith(("cuda-", "nvidia-"))
+    ]
+    others = [
+        line
+        for line in constraints.splitlines()
+        if line.partition("==")[0] not in dropped.union(held)
+    ]
+    return "\n".join([*others, *(f"{name}=={installed[name]}" for name in held), ""])
 
 
 def stamp_for(torch: str, extras: list[str]) -> dict[str, Any]:
@@ -62,11 +73,18 @@ def pip_install(python: Path, *arguments: str | Path) -> None:
     run(python, "-m", "pip", "install", "--disable-pip-version-check", *arguments)
 
 
-def installed_torch(python: Path) -> str | None:
-    """The version of torch that ``python`` would import, ``None`` without one."""
-    code = "import importlib.metadata as m; print(m.version('torch'))"
-    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else None
+def installed_packages(python: Path) -> dict[str, str]:
+    """Name and version of every package that ``python`` would import."""
+    code = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps([(d.name, d.version) for d in m.distributions() if d.name]))"
+    )
+    found = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, check=True
+    )
+    # Of two with one name the first is imported.
+    packages = reversed(json.loads(found.stdout))
+    return {re.sub("[-_.]+", "-", name).lower(): version for name, version in packages}
 
 
 def create(venv: Path, share_torch: bool) -> None:
@@ -87,17 +105,17 @@ def create(venv: Path, share_torch: bool) -> None:
 def install(venv: Path, torch: str, extras: list[str]) -> None:
     """Install torch if it was asked for or is missing, then the package and extras."""
     python = venv / "bin" / "python"
-    if torch or installed_torch(python) is None:
+    if torch or "torch" not in installed_packages(python):
         requirement = torch or pinned_torch(CONSTRAINTS.read_text())
         print(f"installing {requirement}", flush=True)
         pip_install(python, *shlex.split(requirement))
-    version = installed_torch(python)
-    if version is None:
+    packages = installed_packages(python)
+    if "torch" not in packages:
         sys.exit(f"torch cannot be found in {venv} after installing {torch!r}")
     held = venv / "constraints.txt"
-    held.write_text(constraints_for(CONSTRAINTS.read_text(), version))
+    held.write_text(constraints_for(CONSTRAINTS.read_text(), packages))
     package = f".[{','.join(extras)}]" if extras else "."
-    print(f"installing {package} beside torch {version}", flush=True)
+    print(f"installing {package} beside torch {packages['torch']}", flush=True)
     # The build backend comes first: pip would otherwise build in an environment of its
     # own, which it has to fill again on every machine.
     pip_install(python, "--quiet", "--constraint", held, "hatchling")
