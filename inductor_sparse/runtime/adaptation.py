@@ -105,11 +105,13 @@ def observed(compiled: Callable[..., Any], code: _Code | None) -> Callable[..., 
         outer = _current.code, _current.gate
         _current.code, _current.gate = code, gate
         try:
-            return compiled(*args)
+            result = compiled(*args)
+            # Not after an error: looking at a GPU would then raise another one.
+            _current.found = {**(_current.found or {}), **gate.look()}
+            return result
         finally:
             _current.code, _current.gate = outer
-            found = {**(_current.found or {}), **gate.look()}
-            _current.found = None
+            found, _current.found = _current.found, None
             if found:
                 _demote(code, found)
 

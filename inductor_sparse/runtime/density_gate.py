@@ -89,10 +89,11 @@ class Gate:
             if device_sums.is_capturing(anchor.device):
                 return ops.site_counters(anchor, site)
             with self._lock:
-                shape = (len(ops.COUNTERS),)
-                values = device_sums.zeros(shape, torch.int64, anchor.device)
-                _kept_forever.append(values)
-                self._sites.setdefault(key, _Site(site, values, max_density, tokens))
+                if key not in self._sites:
+                    shape = (len(ops.COUNTERS),)
+                    values = device_sums.zeros(shape, torch.int64, anchor.device)
+                    _kept_forever.append(values)
+                    self._sites[key] = _Site(site, values, max_density, tokens)
         return self._sites[key].values
 
     def look(self) -> dict[str, Finding]:
@@ -104,13 +105,11 @@ class Gate:
             return {}
         self._calls += 1
         due = self._copies or self._calls >= self._next_look
-        if not due or any(
-            device_sums.is_capturing(device) for _, device in self._sites
-        ):
-            return {}
-        if not self._lock.acquire(blocking=False):
+        if not due or not self._lock.acquire(blocking=False):
             return {}
         try:
+            if any(device_sums.is_capturing(device) for _, device in self._sites):
+                return {}
             return self._judge() if self._copies else self._copy()
         finally:
             self._lock.release()

@@ -169,6 +169,19 @@ def test_only_as_many_tokens_as_are_too_dense_are_demoted(
     assert f"{DOWN}: a token needs 61 % of its neurons; it goes back" in caplog.text
 
 
+def test_after_an_error_nothing_is_looked_at(device: Device) -> None:
+    def fails() -> None:
+        values = adaptation.gpu_site_counters(ANCHOR, DOWN, 0.6, 4)
+        values += torch.tensor([0, 0, 99, 100])
+        raise ValueError("out of memory")
+
+    compiled = adaptation.observed(fails, compile("pass", "fails", "exec"))
+    for _ in range(2 * FIRST_LOOK):
+        with pytest.raises(ValueError, match="out of memory"):
+            compiled()
+    assert device.copies == 0
+
+
 def test_outside_of_a_graph_counters_are_nobodys() -> None:
     first, second = (adaptation.gpu_site_counters(ANCHOR, DOWN) for _ in range(2))
     assert first is not second
@@ -191,6 +204,21 @@ def test_two_threads_count_in_the_graphs_that_they_run() -> None:
     run_graph("this")
     other.join()
     assert found["this"] is not found["other"]
+
+
+def test_sites_that_others_add_are_not_looked_at_halfway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, locked = Gate(), []
+    kernel(gate, 99)
+
+    def is_capturing(device: torch.device) -> bool:
+        locked.append(gate._lock.locked())
+        return False
+
+    monkeypatch.setattr(device_sums, "is_capturing", is_capturing)
+    run(gate, FIRST_LOOK, lambda: None)
+    assert locked == [True]
 
 
 def test_a_thread_does_not_wait_for_another_ones_look(device: Device) -> None:
