@@ -1,8 +1,7 @@
 """When a rewrite is expected to win: every threshold and cost model lives here.
 
-- :mod:`~inductor_sparse.profitability.kernels`: which op runs where, and whether that
-  was ever tried
-- :mod:`~inductor_sparse.profitability.routes`: whose kernel computes a 2:4 product
+- :mod:`~inductor_sparse.profitability.kernels`: which op runs where, by whose kernel,
+  and whether that was ever tried
 - :mod:`~inductor_sparse.profitability.common`: what holds on every device
 - :mod:`~inductor_sparse.profitability.cpu`: skipping zeros on a CPU
 - :mod:`~inductor_sparse.profitability.cuda`: skipping zeros for a few tokens and the
@@ -33,12 +32,12 @@ from inductor_sparse.profitability.cpu import (
 )
 from inductor_sparse.profitability.kernels import (
     KERNELS,
+    ROUTES,
     UNVERIFIED_KERNELS,
     architecture,
     has_kernel,
     knows,
 )
-from inductor_sparse.profitability.routes import ROUTES
 
 __all__ = [
     "ALWAYS_WINS_TOKENS",

@@ -1,4 +1,4 @@
-"""Which op has a kernel where, and whether that kernel ever ran there."""
+"""Which op has a kernel where, whose it is, and whether it ever ran there."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "gfx942": _PACKED,
 }
 """The same for kernels that should run on an architecture and never did."""
+
+ROUTES: dict[str, str] = {
+    "sm_90": "own",
+    "sm_80": "cutlass",
+    "sm_86": "cutlass",
+    "sm_89": "cutlass",
+    "sm_100": "cusparselt",
+    "gfx942": "cusparselt",
+}
+"""Architecture -> whose kernel multiplies 2:4 operands there; ``dense`` elsewhere."""
 
 
 def architecture(device: torch.device) -> str:
