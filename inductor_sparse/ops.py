@@ -26,6 +26,9 @@ from inductor_sparse.ops24 import ENERGY as ENERGY
 from inductor_sparse.ops24 import ENERGY_SLOTS as ENERGY_SLOTS
 from inductor_sparse.ops24 import check_energy as check_energy
 from inductor_sparse.ops24 import linear_sparsify24 as linear_sparsify24
+from inductor_sparse.ops24 import (
+    linear_sparsify24_quantized as linear_sparsify24_quantized,
+)
 from inductor_sparse.ops24 import sparse24_mm as sparse24_mm
 from inductor_sparse.ops24 import sparsify24 as sparsify24
 from inductor_sparse.ops24 import sparsify24_quantized as sparsify24_quantized

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inductor_sparse import formats, ops, ops24, profitability, reference
+from inductor_sparse import formats, ops, profitability, reference
 from inductor_sparse.lowerings import hopper
 from inductor_sparse.lowerings.hopper import ALIGNMENT, MAX_SIZE
 from inductor_sparse.lowerings.hopper import SHARED_BYTES as SHARED_BYTES
@@ -292,7 +292,7 @@ def linear_sparsify24_quantized(
     ops.check_energy("linear_sparsify24_quantized", energy)
     reference.check_linear_sparsify24_quantized(*operands, activation, select)
     if refusal(x, w1, activation) is not None:
-        return ops24.linear_sparsify24_quantized(*operands, activation, select, energy)
+        return ops.linear_sparsify24_quantized(*operands, activation, select, energy)
     processors = cuda_driver.multiprocessors(x.device)
     tile = fastest_tile(x.shape[0], w1.shape[0], processors)
     bias = None if bias is None else bias.contiguous()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_sparse import formats, lowerings, ops24, reference
+from inductor_sparse import formats, lowerings, ops, reference
 from inductor_sparse.lowerings import linear_sparsify24_kernel as hopper
 from inductor_sparse.lowerings.linear_sparsify24_kernel import TileConfig
 
@@ -184,7 +184,7 @@ def test_what_the_kernel_refuses_is_computed_by_the_definition() -> None:
     assert hopper.refusal(given["x"], given["w1"], "relu") is not None
     _check(OP(*given.values(), "relu", "largest"), given, "relu")
     signed = OP(*given.values(), "identity", "largest_abs")
-    expected = ops24.linear_sparsify24_quantized(
+    expected = ops.linear_sparsify24_quantized(
         *given.values(), "identity", "largest_abs"
     )
     assert torch.equal(signed[1], expected[1])
