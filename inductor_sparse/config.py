@@ -71,8 +71,8 @@ HELP: dict[str, str] = {
     "quantize_scales": (
         "How an 8-bit FFN scales the rows between its matmuls: "
         '"exact" by their largest value; "predicted", fp8 only, by a bound from norms, '
-        "so that the first matmul packs what it computes: faster, and a little less "
-        "precise."
+        "so that the first matmul packs what it computes: a little less precise, and "
+        "only with sparse.allow_unverified, because it was never timed on a GPU."
     ),
     "allow_unverified": (
         "Use kernels that never ran on this kind of device; without it such sites stay "

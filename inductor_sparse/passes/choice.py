@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from inductor_sparse.passes.quantized_ffn import QuantizedFfn
 
 
+OBSERVED_TOO_DENSE = (
+    "observed at run time: skipping zeros did not pay; torch._dynamo.reset() forgets "
+    "that"
+)
+"""The detail of a site that went back to dense."""
+
+
 class Regime(enum.Enum):
     """What happens to the zeros of a site."""
 

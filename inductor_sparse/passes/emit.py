@@ -118,7 +118,7 @@ def fusable_linear(z: fx.Node, site: Site) -> Site | str:
     while len(node.users) == 1 and node is not site.matmul:
         (node,) = node.users
     if node is not site.matmul:
-        return "another matmul reads the activation"
+        return "something else reads the activation"
     if not same_shape(lhs, value) or lhs.dtype != value.dtype:
         return "something lies between the layer and its activation"
     return linear

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from inductor_sparse._compat import decide, size_hint
 from inductor_sparse.decisions import Decision, Reason
-from inductor_sparse.passes.choice import Choice, Regime
+from inductor_sparse.passes.choice import OBSERVED_TOO_DENSE, Choice, Regime
 from inductor_sparse.passes.gpu_obstacles import (
     batch_obstacle,
     graph_obstacle,
@@ -216,11 +216,7 @@ def loses_too_much(decision: Decision, context: PassContext) -> Rejection | None
 def _refusal(obstacles: Obstacles, limits: Limits, tokens: int) -> Rejection:
     """Why none of the regimes is taken for so many tokens."""
     if limits.skip_up_to < tokens <= limits.expected_up_to:
-        return Rejection(
-            Reason.TOO_DENSE,
-            "observed at run time: skipping zeros did not pay; torch._dynamo.reset() "
-            f"forgets that; {limits}",
-        )
+        return Rejection(Reason.TOO_DENSE, f"{OBSERVED_TOO_DENSE}; {limits}")
     wanted = None
     if tokens <= limits.skip_up_to:
         wanted = obstacles.get(Regime.SKIP)

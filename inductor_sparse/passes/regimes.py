@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from inductor_sparse import profitability
 from inductor_sparse._compat import size_hint
 from inductor_sparse.decisions import Decision, Reason
-from inductor_sparse.passes.choice import Choice, Regime
+from inductor_sparse.passes.choice import OBSERVED_TOO_DENSE, Choice, Regime
 from inductor_sparse.passes.gpu_regimes import choose_on_gpu
 from inductor_sparse.passes.sites import Rejection, Site
 
@@ -48,11 +48,7 @@ def _choose_on_cpu(
     rule: Rule, site: Site, decision: Decision, context: PassContext
 ) -> Choice | Rejection:
     if context.demoted_from(decision.site) is not None:
-        return Rejection(
-            Reason.TOO_DENSE,
-            "observed at run time: skipping zeros did not pay; "
-            "torch._dynamo.reset() forgets that",
-        )
+        return Rejection(Reason.TOO_DENSE, OBSERVED_TOO_DENSE)
     if not profitability.has_kernel(decision.arch, rule.op, site.dtype):
         return Rejection(
             Reason.NO_KERNEL_YET,
