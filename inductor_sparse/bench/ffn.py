@@ -31,10 +31,9 @@ from inductor_sparse.bench.models import (
     parts,
 )
 from inductor_sparse.bench.quantized import by_torchao, quantized
-from inductor_sparse.bench.rows import Row, machine
+from inductor_sparse.bench.rows import FEW_TOKENS, Row, machine
 from inductor_sparse.bench.timing import Call, Evictor, interleave, screen_us
 from inductor_sparse.bench.variants import (
-    FEW_TOKENS,
     SETTINGS,
     Setting,
     Variant,
@@ -48,10 +47,8 @@ from inductor_sparse.errors import SparseError
 
 Report = Callable[[str], object]
 SETTLE_ATTEMPTS = 3
-DECODE_TOKENS = FEW_TOKENS
-"""Up to here calls are short and may read only a part of their weights."""
 STACKED = 16
-"""Models that a GPU runs one after another where calls are that short."""
+"""Models that a GPU runs one after another for a few tokens."""
 
 
 class UnsettledError(SparseError, RuntimeError):
@@ -140,7 +137,7 @@ def _rows(
     report: Report,
 ) -> Iterator[Row]:
     """The rows of one model at one number of tokens; ``models`` are made as needed."""
-    stacked = case.device == "cuda" and tokens <= DECODE_TOKENS
+    stacked = case.device == "cuda" and tokens <= FEW_TOKENS
     while stacked and len(models) < STACKED:
         models.append(case.build(seed=len(models)))
     layers = models if stacked else models[:1]
@@ -204,7 +201,7 @@ class _Bench:
         By a plan, or because it watches its inputs.  With many tokens on a GPU it looks
         at shapes alone.
         """
-        gpu = self.case.device == "cuda" and self.tokens > DECODE_TOKENS
+        gpu = self.case.device == "cuda" and self.tokens > FEW_TOKENS
         return self.case.calibrated or not gpu
 
     def _forms(self, backend: str) -> dict[str, nn.Module]:
@@ -242,7 +239,7 @@ class _Bench:
         """Fresh inputs to rotate: many where a call is short, few where it is long."""
         if len(self.models) > 1:
             number = 4
-        elif self.tokens <= DECODE_TOKENS:
+        elif self.tokens <= FEW_TOKENS:
             number = 16
         else:
             number = 2 if self.case.device == "cuda" else 4

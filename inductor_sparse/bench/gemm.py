@@ -32,8 +32,7 @@ from inductor_sparse.bench.rivals import (
     RivalUnavailableError,
     ours,
 )
-from inductor_sparse.bench.roofline import MEMORY_BOUND_TOKENS
-from inductor_sparse.bench.rows import Row, machine
+from inductor_sparse.bench.rows import FEW_TOKENS, Row, machine
 from inductor_sparse.bench.timing import Evictor, interleave
 from inductor_sparse.bench.variants import release
 
@@ -272,7 +271,7 @@ def _measure(case: GemmCase, operands: Operands, sides: Sides, seconds: float) -
 
 def _evictor(case: GemmCase, operands: Operands) -> Evictor:
     """Eviction where memory matters: on a GPU, pauses would raise the clock."""
-    bound_by_memory = case.device == "cpu" or case.tokens <= MEMORY_BOUND_TOKENS
+    bound_by_memory = case.device == "cpu" or case.tokens <= FEW_TOKENS
     return Evictor(operands.nbytes if bound_by_memory else 2**62, case.device)
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from inductor_sparse.bench.rows import PROTOCOL, Row, read_rows
+from inductor_sparse.bench.rows import FEW_TOKENS, PROTOCOL, Row, read_rows
 
 AXES = (
     *("op", "gated", "activation", "dtype", "quantize", "device", "features", "hidden"),
@@ -24,7 +24,6 @@ AXES = (
 )
 """What tells two measurements apart, in any benchmark."""
 MARK = "°"
-MANY_TOKENS = 17
 
 _TABLE = re.compile(
     r"(<!-- table (\w+) from (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -99,7 +98,7 @@ def gemm_table(rows: Sequence[Row]) -> str:
 
 def ffn_table(rows: Sequence[Row]) -> str:
     """Whole FFNs with many tokens: one line per shape and type."""
-    chosen = [r for r in rows if r["op"] == "ffn" and r["tokens"] >= MANY_TOKENS]
+    chosen = [r for r in rows if r["op"] == "ffn" and r["tokens"] > FEW_TOKENS]
     lines = _lines(
         [row for row in chosen if not row["gated"]],
         lambda r: (r["quantize"] != "none", *_size(r), r["tokens"], r["quantize"]),
@@ -128,7 +127,7 @@ def decode_table(rows: Sequence[Row]) -> str:
     chosen = [
         row
         for row in rows
-        if row["op"] in ("down", "ffn") and row["tokens"] < MANY_TOKENS
+        if row["op"] in ("down", "ffn") and row["tokens"] <= FEW_TOKENS
     ]
     lines = _lines(chosen, lambda r: (r["op"], r["gated"], *_size(r), r["tokens"]))
     tenth: Kind = ("random", 0.1)

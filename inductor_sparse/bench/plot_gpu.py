@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from inductor_sparse.bench import plot
-from inductor_sparse.bench.page import MANY_TOKENS, latest
-from inductor_sparse.bench.rows import Row, RowFileError
+from inductor_sparse.bench.page import latest
+from inductor_sparse.bench.rows import FEW_TOKENS, Row, RowFileError
 
 TRAINED_DENSITY = 0.1
 """Of the data in the panels for many tokens."""
@@ -150,12 +150,12 @@ def _legend(
 def _is_many(row: Row) -> bool:
     """Whether a row is in the panels for many tokens."""
     tenth = (row.get("data"), row.get("density")) == ("trained", TRAINED_DENSITY)
-    return tenth and row["tokens"] >= MANY_TOKENS and not row.get("gated")
+    return tenth and row["tokens"] > FEW_TOKENS and not row.get("gated")
 
 
 def _is_few(row: Row) -> bool:
     """Whether a row is in the panels for few tokens."""
-    return row.get("tokens", MANY_TOKENS) < MANY_TOKENS and row.get("data") == "random"
+    return row.get("data") == "random" and row["tokens"] <= FEW_TOKENS
 
 
 def _type(row: Row) -> tuple[object, str]:

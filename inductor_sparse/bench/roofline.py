@@ -20,14 +20,12 @@ from inductor_sparse.bench.models import (
     parts,
     union_density,
 )
-from inductor_sparse.bench.rows import Row
+from inductor_sparse.bench.rows import FEW_TOKENS, Row
 from inductor_sparse.bench.timing import Call, screen_us
 
 Rival = Callable[[Sequence[Input]], Call]
 """Gives the call that runs a rival kernel on rotating inputs."""
 
-MEMORY_BOUND_TOKENS = 16
-"""Up to here rates of memory are reported, above it rates of arithmetic."""
 SCREEN_SECONDS = 0.1
 
 
@@ -38,7 +36,7 @@ def fields(case: ModelCase, model: Model, inputs: Sequence[Tensor], row: Row) ->
     dtype = "float8_e4m3fn" if case.quantize == "fp8" else case.dtype
     ceiling = ceilings.measure(case.device, dtype)
     tokens = inputs[0].shape[0]
-    if tokens > MEMORY_BOUND_TOKENS:
+    if tokens > FEW_TOKENS:  # bound by arithmetic
         flop = 2 * tokens * case.features * case.hidden * case.matrices
         return ceiling.fields() | _rates("tflop_per_s", flop / 1e6, row)
     union = sum(union_density(model, x) for x in inputs) / len(inputs)

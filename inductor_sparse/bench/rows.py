@@ -24,6 +24,9 @@ from inductor_sparse.errors import SparseError
 Row = dict[str, Any]
 COMMIT_VARIABLE = "INDUCTOR_SPARSE_COMMIT"
 """Says what a copy of the checkout was made from, where its git cannot tell."""
+FEW_TOKENS = 16
+"""Up to here calls are short, may read only a part of their weights, and are judged by
+rates of memory on a GPU."""
 PROTOCOL = 2
 """Raised whenever a change of method makes rows incomparable with older ones.
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from inductor_sparse import decisions
 from inductor_sparse.bench.models import Input, parts
+from inductor_sparse.bench.rows import FEW_TOKENS
 from inductor_sparse.errors import NothingAppliedError
 from inductor_sparse.report.calibrate import calibrate
 
@@ -35,7 +36,6 @@ WARMUP_CALLS = 20
 """Of a variant after its first call: by then it has found out if it has to adapt."""
 MANY_WARMUP_CALLS = 3
 """The same with many tokens on a GPU, where calls are long and nothing adapts."""
-FEW_TOKENS = 16
 GRAPH_CACHES_OFF = {
     "fx_graph_cache": False,
     "fx_graph_remote_cache": False,

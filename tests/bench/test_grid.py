@@ -14,6 +14,7 @@ import pytest
 from inductor_sparse import cli
 from inductor_sparse.bench import commands, ffn, gemm, grid, pack
 from inductor_sparse.bench.models import ModelCase
+from inductor_sparse.bench.rows import FEW_TOKENS
 
 SIZES = [(4096, 16384), (8192, 28672), (5120, 21504)]
 TOKENS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
@@ -42,7 +43,7 @@ def test_all_shapes_come_before_all_data() -> None:
     seen: set[tuple[Any, ...]] = set()
     for one in parsed():
         gemm_or_ffn = one.command in (commands._bench_gemm, commands._bench_ffn)
-        if gemm_or_ffn and max(one.tokens) > ffn.DECODE_TOKENS:
+        if gemm_or_ffn and max(one.tokens) > FEW_TOKENS:
             kind = one.dtype[0] if one.command is commands._bench_gemm else one.quantize
             shapes = itertools.product(one.tokens, commands._sizes(one))
             missing = {(kind, *shape) for shape in shapes} - seen
@@ -60,7 +61,7 @@ def test_every_ffn_of_the_tables_is_measured(setting: str) -> None:
             continue
         axes = (one.tokens, commands._sizes(one), one.density)
         for tokens, size, density in itertools.product(*axes):
-            if tokens > ffn.DECODE_TOKENS:
+            if tokens > FEW_TOKENS:
                 for data in one.data:
                     many.add((tokens, size, one.quantize, data, density))
             else:
