@@ -86,7 +86,9 @@ def _expected_gain(decision: Decision, stats: SiteStats) -> float | None:
     if not isinstance(features, int) or not isinstance(outputs, int):
         return gain
     gain_at = functools.partial(
-        profitability.cuda.decode_gain, tokens, features, outputs, decision.dtype
+        profitability.cuda.decode_gain,
+        *(tokens, features, outputs, decision.dtype),
+        gated=decision.op == "glu_spmm",
     )
     one_by_one = gain == gain_at(decision.density, graphs=False)
     return gain_at(stats.density, graphs=not one_by_one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import inductor_sparse.ops  # noqa: F401 (registers the ops)
-from inductor_sparse import reference
+from inductor_sparse import profitability, reference
 from inductor_sparse.decisions import Decision, GraphDecisions, Status, Tier
 from inductor_sparse.passes.sites import SITE_KEY
 from inductor_sparse.report import kernels, table
@@ -151,3 +152,22 @@ def test_the_gain_of_few_tokens_on_a_gpu_follows_the_density() -> None:
     assert gains[0] is not None
     assert gains[1] is not None
     assert gains[0] > 2 * gains[1]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_gain_of_a_gated_site_is_that_of_both_products(graphs: bool) -> None:
+    gain = functools.partial(
+        profitability.cuda.decode_gain,
+        *(1, 28672, 8192, "bfloat16"),
+        gated=True,
+        graphs=graphs,
+    )
+    decode = dataclasses.replace(
+        PACKED,
+        op="glu_spmm",
+        tier=Tier.EXACT,
+        shapes={"M": 1, "K": 28672, "N": 8192},
+        expected_gain=gain(None),
+    )
+    stats = SiteStats(elements=100, nonzeros=20, tokens=1, calls=1)
+    assert _with_stats(decode, stats).expected_gain == gain(0.2)
