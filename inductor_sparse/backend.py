@@ -69,7 +69,7 @@ def sparse(
     code = _compat.frame_code() if snapshot["adaptive"] else None
     lowerings.register_all()
     sparse_pass = install_pass(patches, snapshot, gm, example_inputs, code)
-    with config.patch(ours):  # for the lowerings
+    with config.patch(ours):  # lowerings are handed no options, and ask for them
         compiled = compile_fx(
             gm,
             list(example_inputs),
