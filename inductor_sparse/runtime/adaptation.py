@@ -64,7 +64,7 @@ def site_counters(
     key = (id(_current.code), site)
     counters = _counters.get(key)
     if counters is None:
-        values = torch.zeros(len(ops.COUNTERS), dtype=torch.int64)
+        values = torch.zeros(len(ops.COUNTERS), dtype=torch.int64, device="cpu")
         counters = _counters.setdefault(key, _Counters(values))
     counters.calls += 1
     if counters.calls % WINDOW == 0:

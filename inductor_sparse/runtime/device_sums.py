@@ -53,7 +53,9 @@ def start_copies(sums: Sequence[Tensor]) -> Copies:
     first = sums[0]
     if first.device.type != "cuda":
         return Copies(torch.stack(tuple(sums)).cpu(), None)
-    copies = torch.empty((len(sums), *first.shape), dtype=first.dtype, pin_memory=True)
+    size = (len(sums), *first.shape)
+    # The device is said because the user may have set another one as the default.
+    copies = torch.empty(size, dtype=first.dtype, device="cpu", pin_memory=True)
     with torch.cuda.device(first.device):
         for copy, values in zip(copies, sums, strict=True):
             copy.copy_(values, non_blocking=True)

@@ -29,7 +29,7 @@ def empty_in_huge_pages(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = numel * dtype.itemsize
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or nbytes < MIN_BYTES:
-        return torch.empty(tuple(size), dtype=dtype)
+        return torch.empty(tuple(size), dtype=dtype, device="cpu")
     memory = mmap.mmap(
         -1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )

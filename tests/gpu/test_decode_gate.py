@@ -128,6 +128,12 @@ def test_a_dense_model_goes_back_to_dense_under_cuda_graphs() -> None:
     assert outcomes(log.decisions) == [(1, "activation_spmm"), (1, "too-dense")]
 
 
+def test_the_default_device_may_be_a_gpu() -> None:
+    with torch.device("cuda"), decisions.collect() as log:
+        Run(model(bias=3.0))(1)
+    assert outcomes(log.decisions) == [(1, "activation_spmm"), (1, "too-dense")]
+
+
 def test_a_sparse_model_goes_on_skipping() -> None:
     with decisions.collect() as log:
         run = Run(model(bias=-0.75))

@@ -229,6 +229,29 @@ def test_a_thread_does_not_wait_for_another_ones_look(device: Device) -> None:
     assert device.copies == 0
 
 
+def test_copies_lie_on_the_host_whatever_the_default_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def empty(*_: object, **how: object) -> None:
+        raise Asked(how["device"], how["pin_memory"])
+
+    monkeypatch.setattr(torch, "empty", empty)
+    sums = types.SimpleNamespace(
+        device=torch.device("cuda"), shape=(4,), dtype=torch.int64
+    )
+    with pytest.raises(Asked) as asked:
+        device_sums.start_copies([sums])
+    assert asked.value.args == ("cpu", True)
+
+
+def test_counters_of_a_cpu_lie_there_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert adaptation.site_counters(ANCHOR, DOWN).device == ANCHOR.device
+
+
 def test_each_device_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[list[torch.device]] = []
 
