@@ -105,6 +105,9 @@ def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:
     )
 
 
+READ_ELSEWHERE = "something else reads the activation"
+
+
 def fusable_linear(z: fx.Node, site: Site) -> Site | str:
     """The layer that computes ``z`` for this site alone, or why it cannot be fused."""
     core, _ = peel(z, ORDERED_VIEWS)
@@ -118,7 +121,7 @@ def fusable_linear(z: fx.Node, site: Site) -> Site | str:
     while len(node.users) == 1 and node is not site.matmul:
         (node,) = node.users
     if node is not site.matmul:
-        return "something else reads the activation"
+        return READ_ELSEWHERE
     if not same_shape(lhs, value) or lhs.dtype != value.dtype:
         return "something lies between the layer and its activation"
     return linear

@@ -32,6 +32,7 @@ from torch import Tensor, fx
 
 from inductor_sparse import reference
 from inductor_sparse.passes.emit import (
+    READ_ELSEWHERE,
     emit_activation_spmm,
     fusable_linear,
     packable_input,
@@ -107,7 +108,7 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
     if activation == "identity":
         return "something lies between the activation and its matmul"
     if core.meta.get(_DONE) == dtype:
-        return QuantizedFfn(dtype, None, None, w2)
+        return _with_scales(QuantizedFfn(dtype, None, None, w2), site, z, context)
     first = read_site(core)
     if first is None or core.target not in _OPERANDS:
         return "the activation is not that of a linear layer"
@@ -116,21 +117,29 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
     w1 = _stored(first, dtype, context)
     if isinstance(w1, str):
         return w1
-    ffn = QuantizedFfn(dtype, first, w1, w2)
+    return _with_scales(QuantizedFfn(dtype, first, w1, w2), site, z, context)
+
+
+def _with_scales(
+    ffn: QuantizedFfn, site: Site, z: fx.Node, context: PassContext
+) -> QuantizedFfn:
+    """The same with predicted scales, if these are asked for and possible."""
     if context.option("quantize_scales") != "predicted":
         return ffn
-    why = _prediction_obstacle(site, z, ffn, context)
+    why = _prediction_obstacle(ffn, site, z, context)
     if why is not None:
         return dataclasses.replace(ffn, note=f"; scales not predicted: {why}")
     return dataclasses.replace(ffn, predicted=True, note="; scales predicted")
 
 
 def _prediction_obstacle(
-    site: Site, z: fx.Node, ffn: QuantizedFfn, context: PassContext
+    ffn: QuantizedFfn, site: Site, z: fx.Node, context: PassContext
 ) -> str | None:
     """Why the first matmul cannot pack what it computes, or None."""
     if ffn.dtype != torch.float8_e4m3fn:
         return "int8 has no exponent to make up for a bound that is not close"
+    if ffn.first is None:
+        return READ_ELSEWHERE
     linear = fusable_linear(z, site)
     if isinstance(linear, str):
         return linear

@@ -114,6 +114,24 @@ def test_scales_stay_exact_where_they_cannot_be_predicted(
     assert len(calls(gm, "sparsify24_quantized")) == 1
 
 
+def test_both_readers_of_an_activation_say_so() -> None:
+    def two(x: Tensor, up: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        h = F.relu(F.linear(x, up)) ** 2
+        return F.linear(h, left) + F.linear(h, right)
+
+    sizes = ((2048, D), (H, D), (N, H), (N, H))
+    args = [torch.empty(size, device="meta").bfloat16() for size in sizes]
+    decisions = rewrite(
+        trace(two, *args, device="cuda"),
+        options=PREDICTED,
+        architecture=lambda device: "sm_90",
+        static=range(1, len(sizes)),
+    ).decisions
+    why = "; scales not predicted: something else reads the activation"
+    assert [d.op for d in decisions] == ["sparse24_mm"] * 2
+    assert all(decision.detail.endswith(why) for decision in decisions)
+
+
 def test_exact_scales_are_the_default() -> None:
     gm, decision = run(options={"quantize_scales": "exact"})
     assert "predicted" not in decision.detail
