@@ -125,7 +125,8 @@ def split_options(
     """Split into our options, without their prefix, and Inductor's; ours are checked.
 
     Raises:
-        SparseOptionError: one of ours is unknown, or has the wrong type or value.
+        SparseOptionError: one of ours is unknown, has the wrong type or value, or
+            does nothing without another one.
     """
     ours: dict[str, Any] = {}
     inductors: dict[str, Any] = {}
@@ -136,6 +137,12 @@ def split_options(
         name = key.removeprefix(PREFIX)
         _check_option(name, value)
         ours[name] = float(value) if name in _FLOATS else value
+    quantize = ours.get("quantize", config.quantize)
+    if ours.get("quantize_scales") == "predicted" and quantize == "none":
+        raise SparseOptionError(
+            f'option "{PREFIX}quantize_scales" is about "{PREFIX}quantize": "fp8", '
+            "which is not set"
+        )
     return ours, inductors
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import logging
 import warnings
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from inductor_sparse.bench.models import FeedForward, Model, activate
+
+log = logging.getLogger(__name__)
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest finite value of each 8-bit type."""
@@ -103,8 +106,8 @@ def quantized(model: Model, quantize: str) -> Model | QuantizedFFN:
 def by_torchao(model: Model) -> nn.Module | None:
     """The model with torchao's dynamic fp8 linear layers, row-wise on both sides.
 
-    ``None`` without torchao, or where that refuses: it needs a GPU of sm_89 or later
-    and weights in bfloat16.
+    ``None`` without torchao, or where that refuses, which is logged: it needs a GPU of
+    sm_89 or later and weights in bfloat16.
     """
     if importlib.util.find_spec("torchao") is None:
         return None
@@ -118,6 +121,7 @@ def by_torchao(model: Model) -> nn.Module | None:
                 granularity=api.PerRow(), set_inductor_config=False
             )
             api.quantize_(narrow, config)
-    except (ImportError, AttributeError, AssertionError, RuntimeError):
+    except (ImportError, AttributeError, AssertionError, RuntimeError) as error:
+        log.warning("torchao is left out: %s", str(error).partition("\n")[0])
         return None
     return narrow

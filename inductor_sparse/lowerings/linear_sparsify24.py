@@ -124,7 +124,7 @@ def tuned_linear_sparsify24_quantized(
     try:
         call = _call(x, w1, bias, energy, activation, select)
     except Refused as reason:
-        log.info("%s is not compiled: %s", QUANTIZED, reason)
+        log.warning("%s runs as it is defined, slowly: %s", QUANTIZED, reason)
         return common.fallback(QUANTIZED)(*given)
     scales = tuple(_contiguous(scale) for scale in (x_scale, w1_scale, row_scale))
     _, _, K = call.sizes

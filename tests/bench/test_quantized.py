@@ -71,10 +71,13 @@ def test_without_torchao_there_is_no_such_model(
     assert by_torchao(BF16.build()) is None
 
 
-def test_a_torchao_that_cannot_be_used_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchao_that_cannot_be_used_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     assert by_torchao(BF16.build()) is None
+    assert "torchao is left out: import of torchao.quantization halted" in caplog.text
 
 
 def test_torchao_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
