@@ -66,13 +66,12 @@ def up(
     GATE, X, W, H, M, F, D,
     ACTIVATION: tl.constexpr, DOT_DTYPE: tl.constexpr, BM: tl.constexpr,
     LOCAL: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     f = tl.program_id(0) * LOCAL + tl.arange(0, LOCAL)
     hidden = hidden_of_share(
         GATE, X, W, m, f, M, F, D, F, 1, D, 1, D, 1,
-        ACTIVATION, BM, LOCAL, BD, ROWS, STAGES, DOT, DOT_DTYPE,
+        ACTIVATION, BM, LOCAL, BD, ROWS, STAGES, DOT_DTYPE,
     )
     inside = (m < M)[:, None] & (f < F)[None, :]
     tl.store(H + m[:, None] * F + f[None, :], hidden, mask=inside)
@@ -163,8 +162,7 @@ _SMALL = {
     "DOT": False,
     "num_warps": 1,
 }
-_SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1}
-_SMALL_UP |= {"DOT": False, "num_warps": 1}
+_SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
 
 
 def count(folder: Path, z: Tensor, w: Tensor, calls: int, **how: Any) -> list[int]:
@@ -234,6 +232,6 @@ def _amd_constants(tokens: int) -> dict[str, dict[str, Any]]:
         "spmm": {k: v for k, v in vars(spmm).items() if k not in _TAKEN}
         | {"ACTIVATION": "relu2", "DOT_DTYPE": tl.bfloat16},
         "total": {"SPLITS": spmm.SPLITS, "BN": 32, "AT_ONCE": 128},
-        "up": {k: v for k, v in vars(up).items() if k != "num_warps"}
+        "up": {k: v for k, v in vars(up).items() if k not in _TAKEN}
         | {"ACTIVATION": "relu", "DOT_DTYPE": tl.bfloat16},
     }

@@ -25,17 +25,13 @@ from inductor_sparse.lowerings import activation_spmm_cuda
 
 @dataclasses.dataclass(frozen=True)
 class UpTile:
-    """How the hidden values are cut into programs; the names are the template's.
-
-    Any powers of 2 are right, 16 or more of ROWS and BD where DOT is set.
-    """
+    """How the hidden values are cut into programs; the names are the template's."""
 
     BM: int
     LOCAL: int
     ROWS: int
     BD: int
     STAGES: int
-    DOT: bool
     num_warps: int
 
 
@@ -51,7 +47,6 @@ def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
         ROWS=4 if block == 1 else 16,
         BD=max(16, min(features, power_of_2(D))),
         STAGES=4,
-        DOT=block > 1,
         num_warps=4,
     )
 
