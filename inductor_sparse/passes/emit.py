@@ -17,8 +17,10 @@ from inductor_sparse.passes.fx_utils import (
     input_of,
     insert_call,
     is_call,
+    is_transposition,
     peel,
     same_shape,
+    same_size,
     tensor_of,
     with_dtype,
 )
@@ -114,8 +116,7 @@ def fusable_linear(z: fx.Node, site: Site) -> Site | str:
     linear, lhs, value = read_site(core), tensor_of(site.lhs), tensor_of(core)
     if linear is None or not is_call(core, _LINEAR) or lhs is None or value is None:
         return "the activation is not that of a linear layer"
-    bias = tensor_of(linear.bias)
-    if linear.alpha != 1 or linear.beta != 1 or (bias is not None and bias.ndim != 1):
+    if linear.alpha != 1 or linear.beta != 1 or not has_bias_by_feature(linear):
         return "its bias is not one number for each feature, added as it is"
     node = core
     while len(node.users) == 1 and node is not site.matmul:
@@ -124,7 +125,18 @@ def fusable_linear(z: fx.Node, site: Site) -> Site | str:
         return READ_ELSEWHERE
     if not same_shape(lhs, value) or lhs.dtype != value.dtype:
         return "something lies between the layer and its activation"
+    # A permutation may keep the shape, and never keeps the order.
+    if not all(is_call(view, ORDERED_VIEWS) for view in direct_input(site.lhs)[2]):
+        return "the activation is rearranged before its matmul"
     return linear
+
+
+def has_bias_by_feature(linear: Site) -> bool:
+    """Whether a layer has no bias, or one of ``[N]``; ``[1]`` would be broadcast."""
+    bias = tensor_of(linear.bias)
+    if bias is None:
+        return True
+    return bias.ndim == 1 and same_size(bias.shape[0], linear.sizes[2])
 
 
 def _linear_before(z: fx.Node, site: Site) -> tuple[Any, ...] | None:
@@ -133,7 +145,7 @@ def _linear_before(z: fx.Node, site: Site) -> tuple[Any, ...] | None:
     if isinstance(linear, str):
         return None
     w_DK = linear.rhs
-    if is_call(w_DK, {aten.permute.default, aten.t.default}):
+    if is_transposition(w_DK):
         return linear.lhs, input_of(w_DK), linear.bias
     w_KD = shared_call(site.matmul, aten.permute.default, (w_DK, [1, 0]))
     return linear.lhs, w_KD, linear.bias

@@ -145,6 +145,16 @@ def with_dtype(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
     return None
 
 
+def is_transposition(node: object) -> TypeGuard[fx.Node]:
+    """Whether a node swaps the dimensions of a matrix: ``permute(0, 1)`` does not."""
+    value = tensor_of(node)
+    if value is None or value.ndim != 2:
+        return False
+    if is_call(node, {aten.permute.default}):
+        return [int(dim) % 2 for dim in node.args[1]] == [1, 0]
+    return is_call(node, {aten.t.default})
+
+
 def is_zero(value: object) -> bool:
     """Whether an argument is 0, or a node known to be a tensor of zeros."""
     if isinstance(value, (int, float)):

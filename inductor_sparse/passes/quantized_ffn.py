@@ -35,6 +35,7 @@ from inductor_sparse.passes.emit import (
     READ_ELSEWHERE,
     emit_activation_spmm,
     fusable_linear,
+    has_bias_by_feature,
     packable_input,
     scaled_and_shifted,
     shared_call,
@@ -291,8 +292,7 @@ def _fp8_product(
     first: Site, x_MD: fx.Node, w_DF: fx.Node, column: fx.Node, row: fx.Node
 ) -> fx.Node:
     before, out = first.matmul, first.matmul.meta["val"].dtype
-    bias = tensor_of(first.bias)
-    inside = bias is not None and bias.ndim == 1 and first.beta == first.alpha == 1
+    inside = first.beta == first.alpha == 1 and has_bias_by_feature(first)
     args = (x_MD, w_DF, column, row, first.bias if inside else None, None, out, True)
     result = insert_call(before, aten._scaled_mm.default, args)
     return result if inside else scaled_and_shifted(first, result)

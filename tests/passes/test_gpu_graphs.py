@@ -13,6 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from numerics import assert_within_budget
 from tracing import calls, rewrite, trace
 
 from inductor_sparse import config, profitability
@@ -99,6 +100,50 @@ def test_a_linear_layer_that_others_read_is_computed_apart() -> None:
     assert len(record.applied) == 2
     assert calls(gm, "linear_sparsify24") == []
     assert len(calls(gm, "mm")) == len(calls(gm, "sparsify24")) == 1
+
+
+def square_relu(x: Tensor, w1: Tensor) -> Tensor:
+    return F.relu(x @ w1) ** 2
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, w1, w2, b: F.relu(x @ w1.permute(0, 1)) ** 2 @ w2,
+        lambda x, w1, w2, b: F.relu(x @ w1.permute(-1, 0)) ** 2 @ w2,
+        lambda x, w1, w2, b: square_relu(x, w1).t() @ w2,
+        lambda x, w1, w2, b: F.relu((x @ w1).t()) ** 2 @ w2,
+        lambda x, w1, w2, b: (
+            square_relu(x, w1).view(-1, 8, 8).transpose(1, 2).reshape(64, 64) @ w2
+        ),
+        lambda x, w1, w2, b: square_relu(x, w1).view(4, 1024).view(64, 64) @ w2,
+        lambda x, w1, w2, b: F.relu(torch.addmm(b.narrow(0, 0, 1), x, w1)) ** 2 @ w2,
+        lambda x, w1, w2, b: F.relu(torch.addmm(b, x, w1)) ** 2 @ w2,
+        lambda x, w1, w2, b: F.relu(torch.addmm(b.unsqueeze(1), x, w1)) ** 2 @ w2,
+    ],
+    ids=[
+        *("not transposed", "transposed", "rows are columns", "relu of columns"),
+        *("channel shuffle", "viewed", "one bias", "bias", "bias by token"),
+    ],
+)
+def test_numbers_of_layers_that_may_be_packed_where_they_are_computed(
+    layer: Any,
+) -> None:
+    x, w1, w2 = (torch.randn(64, 64).bfloat16() for _ in range(3))
+    # At most two of four neighbours are active: of a row, a column, or a shuffled row.
+    i, j = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    w1 = torch.where((i + j + j // 8) % 2 == 0, w1, 0)
+    x = torch.where(torch.eye(64, dtype=torch.bool), x, 0)
+    bias = -torch.rand(64).bfloat16()
+    gm = trace(layer, x, w1, w2, bias, device="cuda")
+    forced = {"activation_format": "2:4"}
+    record = rewrite(gm, static=[1, 2], options=forced, architecture=lambda d: "sm_90")
+    assert len(record.applied) == 1
+    assert_within_budget(
+        gm(x, w1, w2, bias).float(),
+        layer(x, w1, w2, bias).float(),
+        layer(*(t.double() for t in (x, w1, w2, bias))),
+    )
 
 
 def test_energy_is_observed_per_site() -> None:
