@@ -49,7 +49,6 @@ from inductor_sparse.passes.fx_utils import (
     peel,
     prims,
     replace,
-    tensor_of,
 )
 from inductor_sparse.passes.gpu_obstacles import kernel_obstacle
 from inductor_sparse.passes.producers import Family

@@ -29,14 +29,9 @@ from inductor_sparse.passes.base import (
 from inductor_sparse.passes.choice import Regime
 from inductor_sparse.passes.emit import packable_input, shared_call
 from inductor_sparse.passes.fx_utils import (
-    CASTS,
-    ORDERED_VIEWS,
     aten,
     input_of,
     insert_call,
-    is_call,
-    is_cast,
-    peel,
     tensor_of,
 )
 from inductor_sparse.passes.gpu_obstacles import (
@@ -46,6 +41,11 @@ from inductor_sparse.passes.gpu_obstacles import (
 )
 from inductor_sparse.passes.gpu_regimes import Packing, choose
 from inductor_sparse.passes.producers import Producer, find_producer
+from inductor_sparse.passes.quantized_operand import (
+    QuantizedOperand,
+    read_quantized,
+    scale_obstacle,
+)
 from inductor_sparse.passes.regimes import ON_GPU, too_dense
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, is_tangent_name
 
@@ -54,29 +54,7 @@ if TYPE_CHECKING:
 
 _ops = torch.ops.inductor_sparse
 _TARGET = aten._scaled_mm.default
-_SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
-_BOUNDS = frozenset(
-    {
-        aten.clamp.default,
-        aten.clamp_min.default,
-        aten.clamp_max.default,
-        aten.maximum.default,
-        aten.minimum.default,
-    }
-)
-_MAXIMA = frozenset({aten.amax.default, aten.max.default, aten.max.dim})
-_MAGNITUDES = ORDERED_VIEWS | CASTS | {aten.abs.default}
 _FP8 = torch.float8_e4m3fn
-
-
-@dataclasses.dataclass(frozen=True)
-class _Quantized:
-    """``h``, the activation before it was quantized, and the scale it was given."""
-
-    h: fx.Node
-    views: list[fx.Node]
-    scale: fx.Node
-    divides: bool
 
 
 class ScaledMatmul(Rule):
@@ -93,8 +71,8 @@ class ScaledMatmul(Rule):
 
     def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
         """Insert the packing and the product; ``weight`` is taken as it lies."""
-        quantized = _read(site.lhs)
-        assert isinstance(quantized, _Quantized)
+        quantized = read_quantized(site.lhs)
+        assert isinstance(quantized, QuantizedOperand)
         inner = dataclasses.replace(site, lhs=quantized.h)
         z, activation, select = packable_input(inner)
         for view in reversed(quantized.views):
@@ -200,13 +178,13 @@ def _look_alike(site: Site) -> Rejection | None:
         return Rejection(Reason.UNSUPPORTED_DTYPE, why.replace("torch.", ""))
     if _argument(site.matmul, 5, "scale_result") is not None:
         return Rejection(Reason.NO_KERNEL_YET, "the result has a scale of its own")
-    quantized = _read(site.lhs)
+    quantized = read_quantized(site.lhs)
     if isinstance(quantized, str):
         return Rejection(Reason.NO_KERNEL_YET, quantized)
     return _wrong_scales(site, quantized)
 
 
-def _wrong_scales(site: Site, quantized: _Quantized) -> Rejection | None:
+def _wrong_scales(site: Site, quantized: QuantizedOperand) -> Rejection | None:
     row, column = (tensor_of(_argument(site.matmul, i, "")) for i in (2, 3))
     M, _, N = site.sizes
     if row is None or column is None or row.numel() == 1 != M:
@@ -217,74 +195,8 @@ def _wrong_scales(site: Site, quantized: _Quantized) -> Rejection | None:
         return Rejection(Reason.NO_KERNEL_YET, "the activation is scaled in blocks")
     if column.numel() != 1 and column.shape[-1] != N:
         return Rejection(Reason.NO_KERNEL_YET, "the weight is scaled in blocks")
-    given, inverted = _scale_source(input_of(site.matmul, 2))
-    used, used_inverted = _scale_source(quantized.scale)
-    consistent = (inverted != used_inverted) != quantized.divides
-    if given is not used or not consistent:
-        why = "the scale of the product is not the one that the rows were divided by"
-        return Rejection(Reason.NO_KERNEL_YET, why)
-    maximum, _ = peel(given, ORDERED_VIEWS | CASTS | {operator.getitem})
-    if not is_call(maximum, _MAXIMA) or not _is_by_row(maximum, quantized.h):
-        why = "the scale of a row is not taken from the largest value of the row"
-        return Rejection(Reason.NO_KERNEL_YET, why)
-    return None
-
-
-def _is_by_row(maximum: fx.Node, h: fx.Node) -> bool:
-    """Whether a maximum is that of ``h`` over the last dimension alone."""
-    source, value = peel(input_of(maximum), _MAGNITUDES)[0], tensor_of(maximum.args[0])
-    dims = maximum.args[1] if len(maximum.args) > 1 else []
-    listed = dims if isinstance(dims, (list, tuple)) else [dims]
-    by_row = value is not None and listed in ([-1], [value.ndim - 1])
-    return by_row and source is peel(h, _MAGNITUDES)[0]
-
-
-def _scale_source(scale: fx.Node) -> tuple[fx.Node, bool]:
-    """The maximum that a scale comes from, and whether the scale is its inverse.
-
-    Between the two are constants, bounds and casts: a scale may be any multiple.
-    """
-    inverted = False
-    while True:
-        scale, _ = peel(scale, ORDERED_VIEWS | CASTS)
-        if is_call(scale, {aten.reciprocal.default}):
-            inverted, scale = not inverted, input_of(scale)
-        elif is_call(scale, {aten.div.Tensor}) and _is_constant(scale.args[1]):
-            scale = input_of(scale)
-        elif is_call(scale, {aten.div.Tensor}) and _is_constant(scale.args[0]):
-            inverted, scale = not inverted, input_of(scale, 1)
-        elif is_call(scale, _BOUNDS | {aten.mul.Tensor}) and all(
-            map(_is_constant, scale.args[1:])
-        ):
-            scale = input_of(scale)
-        else:
-            return scale, inverted
-
-
-def _is_constant(argument: object) -> bool:
-    if not isinstance(argument, fx.Node):
-        return True
-    return is_call(argument, {aten.full.default, aten.scalar_tensor.default})
-
-
-def _read(lhs: fx.Node) -> _Quantized | str:
-    """The activation behind a quantized operand, or why it is none that we know."""
-    node, views = peel(lhs, ORDERED_VIEWS)
-    if not is_cast(node):
-        return "the operand is not cast from a wider one"
-    node = input_of(node)
-    while is_call(node, _BOUNDS):
-        node = input_of(node)
-    inner, more = peel(node, ORDERED_VIEWS)
-    if not is_call(inner, _SCALINGS):
-        return "the operand is not divided by a scale"
-    h, scale = inner.args[:2]
-    if not isinstance(h, fx.Node) or not isinstance(scale, fx.Node):
-        return "the operand is divided by a constant, not by the scale of its row"
-    while is_cast(h):
-        h = input_of(h)
-    divides = inner.target is aten.div.Tensor
-    return _Quantized(h, [*views, *more], scale, divides)
+    wrong = scale_obstacle(input_of(site.matmul, 2), quantized)
+    return None if wrong is None else Rejection(Reason.NO_KERNEL_YET, wrong)
 
 
 def _column_scale(site: Site) -> fx.Node:

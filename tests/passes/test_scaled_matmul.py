@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import cuda_sources, generate
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
@@ -143,7 +144,101 @@ def not_scaled(h: Tensor) -> Quantized:
     return h.to(FP8), h.abs().amax(dim=-1, keepdim=True).float()
 
 
+def half_scale(h: Tensor) -> Quantized:
+    q, s = by_division(h)
+    return q, s * 0.5
+
+
+def another_multiple(h: Tensor) -> Quantized:
+    amax = h.abs().amax(dim=-1, keepdim=True).float()
+    return (h.float() * (LIMIT / amax)).clamp(-LIMIT, LIMIT).to(FP8), amax / 224
+
+
+def clipped_scale(h: Tensor) -> Quantized:
+    q, s = by_division(h)
+    return q, s.clamp(max=0.001)
+
+
+def clipped_values(h: Tensor) -> Quantized:
+    s = h.abs().amax(dim=-1, keepdim=True).float() / LIMIT
+    return (h.float() / s).clamp(max=20.0).to(FP8), s
+
+
+def clipped_maximum(h: Tensor) -> Quantized:
+    s = h.abs().amax(dim=-1, keepdim=True).clamp(max=3.0).float() / LIMIT
+    return (h.float() / s).clamp(-LIMIT, LIMIT).to(FP8), s
+
+
+def clipped_by_a_tensor(h: Tensor) -> Quantized:
+    amax = h.abs().amax(dim=-1, keepdim=True).float()
+    s = amax.minimum(amax.new_full((), 3.0)) / LIMIT
+    return (h.float() / s).clamp(-LIMIT, LIMIT).to(FP8), s
+
+
+def clipped_by_another_value(h: Tensor) -> Quantized:
+    amax = h.abs().amax(dim=-1, keepdim=True).float()
+    s = amax.maximum(h.float().sum(dim=-1, keepdim=True)) / LIMIT
+    return (h.float() / s).clamp(-LIMIT, LIMIT).to(FP8), s
+
+
+def clipped_inverse(h: Tensor) -> Quantized:
+    scale = (LIMIT / h.abs().amax(dim=-1, keepdim=True).float()).clamp(min=1.0)
+    return (h.float() * scale).clamp(-LIMIT, LIMIT).to(FP8), scale.reciprocal()
+
+
+def for_another_format(h: Tensor) -> Quantized:
+    s = h.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(torch.float8_e5m2).max
+    return (h.float() / s).clamp(-LIMIT, LIMIT).to(FP8), s
+
+
+def where_the_largest_is(h: Tensor) -> Quantized:
+    s = h.max(dim=-1, keepdim=True)[1].float() / LIMIT
+    return (h.float() / s).to(FP8), s
+
+
+def inverse_maximum(h: Tensor) -> Quantized:
+    s = LIMIT / h.abs().amax(dim=-1, keepdim=True).float()
+    return (h.float() / s).to(FP8), s
+
+
+def negated(h: Tensor) -> Quantized:
+    s = h.abs().amax(dim=-1, keepdim=True).float() / -LIMIT
+    return (h.float() / s).to(FP8), s
+
+
+def in_powers_of_two(h: Tensor) -> Quantized:
+    s = h.abs().amax(dim=-1, keepdim=True).float() / LIMIT
+    return (h.float() / s).to(FP8), s.to(torch.float8_e8m0fnu).float()
+
+
+def with_headroom(h: Tensor) -> Quantized:
+    s = h.abs().amax(dim=-1, keepdim=True).float() / 224
+    return (h.float() / s).to(FP8), 1.0 / (1.0 / s)
+
+
+def bounded_inverse(h: Tensor) -> Quantized:
+    """An upper bound of 448 / amax is a lower one of the scale: for rows of zeros."""
+    scale = (LIMIT / h.abs().amax(dim=-1, keepdim=True).float()).clamp(max=1e12)
+    return (h.float() * scale).to(FP8), scale.reciprocal()
+
+
+def bounded_by_a_tensor(h: Tensor) -> Quantized:
+    amax = h.abs().amax(dim=-1, keepdim=True).float()
+    s = amax.maximum(amax.new_full((), 1e-12)) / LIMIT
+    return (h.float() / s).to(FP8), s
+
+
+@pytest.mark.parametrize(
+    "quantize", [with_headroom, bounded_inverse, bounded_by_a_tensor]
+)
+def test_scales_that_lose_nothing(quantize: Callable[[Tensor], Quantized]) -> None:
+    _, (decision,) = run(layer(quantize))
+    assert decision.status is Status.APPLIED
+
+
 NOT_THE_LARGEST = "the scale of a row is not taken from the largest value of the row"
+WRONG_SCALE = "the scale of the product is not the one that the rows were divided by"
+CLIPPED = "values are clipped that e4m3 could hold after another scaling"
 
 
 @pytest.mark.parametrize(
@@ -152,14 +247,27 @@ NOT_THE_LARGEST = "the scale of a row is not taken from the largest value of the
         (whole_tensor, NOT_THE_LARGEST),
         (given_scale, NOT_THE_LARGEST),
         (other_rows, NOT_THE_LARGEST),
-        (wrong_scale, "is not the one that the rows were divided by"),
+        (where_the_largest_is, NOT_THE_LARGEST),
+        (negated, NOT_THE_LARGEST),
+        (wrong_scale, WRONG_SCALE),
+        (half_scale, WRONG_SCALE),
+        (another_multiple, WRONG_SCALE),
+        (clipped_scale, WRONG_SCALE),
+        (in_powers_of_two, WRONG_SCALE),
+        (inverse_maximum, WRONG_SCALE),
+        (clipped_values, CLIPPED),
+        (clipped_by_a_tensor, CLIPPED),
+        (clipped_by_another_value, CLIPPED),
+        (clipped_maximum, CLIPPED),
+        (clipped_inverse, CLIPPED),
+        (for_another_format, CLIPPED),
         (not_scaled, "the operand is not divided by a scale"),
     ],
 )
 def test_look_alikes(quantize: Callable[[Tensor], Quantized], detail: str) -> None:
     gm, (decision,) = run(layer(quantize))
     assert decision.reason is Reason.NO_KERNEL_YET
-    assert detail in decision.detail
+    assert decision.detail == detail
     assert len(calls(gm, "_scaled_mm")) == 1
 
 
@@ -252,3 +360,14 @@ def test_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = relu2(x.double()) @ (w.double() * t.double().t()).t()
     error = (gm(x, w, t).double() - exact).norm() / exact.norm()
     assert error < 0.05
+
+
+@pytest.mark.parametrize("quantize", [by_division, by_product, by_max, by_torchao])
+def test_it_is_lowered(quantize: Callable[[Tensor], Quantized]) -> None:
+    x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(N, K, dtype=FP8, device="meta")
+    t = torch.empty(1, N, device="meta")
+    generated = generate(layer(quantize), x, w, t, options={})
+    assert [d.status for d in generated.decisions] == [Status.APPLIED]
+    assert "._scaled_mm(" not in generated.code
+    assert len(cuda_sources(generated.code)) == 1
