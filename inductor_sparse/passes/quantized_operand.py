@@ -102,6 +102,8 @@ def _multiple_of_maximum(operand: QuantizedOperand) -> float | str:
         inverted ^= inverse
         if is_call(scale, _CLAMPS | _EXTREMES):
             low, high = _bounds(scale)
+            if math.isnan(low):
+                return NOT_THE_LARGEST
             if (low if inverted else -high) != -math.inf:
                 return SATURATED
             scale = input_of(scale)

@@ -175,7 +175,7 @@ def clipped_by_a_tensor(h: Tensor) -> Quantized:
     return (h.float() / s).clamp(-LIMIT, LIMIT).to(FP8), s
 
 
-def clipped_by_another_value(h: Tensor) -> Quantized:
+def bounded_by_another_value(h: Tensor) -> Quantized:
     amax = h.abs().amax(dim=-1, keepdim=True).float()
     s = amax.maximum(h.float().sum(dim=-1, keepdim=True)) / LIMIT
     return (h.float() / s).clamp(-LIMIT, LIMIT).to(FP8), s
@@ -257,7 +257,7 @@ CLIPPED = "values are clipped that e4m3 could hold after another scaling"
         (inverse_maximum, WRONG_SCALE),
         (clipped_values, CLIPPED),
         (clipped_by_a_tensor, CLIPPED),
-        (clipped_by_another_value, CLIPPED),
+        (bounded_by_another_value, NOT_THE_LARGEST),
         (clipped_maximum, CLIPPED),
         (clipped_inverse, CLIPPED),
         (for_another_format, CLIPPED),
