@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from inductor_sparse import reference
+from inductor_sparse._compat import decide
 from inductor_sparse.passes.emit import (
     READ_ELSEWHERE,
     emit_activation_spmm,
@@ -63,6 +64,11 @@ DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 _STEP = 16
 """8-bit products read 16 bytes at a time: every size is a multiple of this."""
+
+_INT8_MIN_TOKENS = 17
+"""``_int_mm`` refuses fewer rows on a GPU."""
+_INT8_MAX_K = (2**31 - 1) // 127**2
+"""Above this a sum of products of int8 may not fit in 32 bits."""
 
 _OPERANDS = (aten.mm.default, aten.addmm.default)
 _ops = torch.ops.inductor_sparse
@@ -117,6 +123,14 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
     w1 = _stored(first, dtype, context)
     if isinstance(w1, str):
         return w1
+    # Under "auto" so few tokens are not packed; "2:4" packs any number of them.
+    forced = context.option("activation_format") == "2:4"
+    if (
+        dtype == torch.int8
+        and forced
+        and not decide(first.sizes[0] >= _INT8_MIN_TOKENS)
+    ):
+        return f"products of int8 need {_INT8_MIN_TOKENS} tokens or more"
     return _with_scales(QuantizedFfn(dtype, first, w1, w2), site, z, context)
 
 
@@ -170,6 +184,8 @@ def _stored(site: Site, dtype: torch.dtype, context: PassContext) -> Copy | str:
         return found.detail
     if any(size % _STEP for size in found.size):
         return f"K and N of every matmul must be multiples of {_STEP}"
+    if dtype == torch.int8 and site.sizes[1] > _INT8_MAX_K:
+        return f"sums of more than {_INT8_MAX_K} products of int8 may overflow"
     return dataclasses.replace(
         found, size=found.size[::-1], stride=found.stride[::-1], dtype=dtype
     )

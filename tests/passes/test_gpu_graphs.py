@@ -237,7 +237,7 @@ def glu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def symbolic(
-    M: int, fn: Any, D: int, *weights: tuple[int, int]
+    M: int, fn: Any, D: int, *weights: tuple[int, int], **options: str
 ) -> tuple[GraphDecisions, ShapeEnv]:
     """The decisions about a graph of M tokens that may be another number next time."""
     env, source = ShapeEnv(), ConstantSource("tokens")
@@ -249,8 +249,8 @@ def symbolic(
         gm = make_fx(torch.func.functionalize(fn), tracing_mode="symbolic")(*args)
     for node, fake in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
         node.meta["val"] = fake
-    static = range(1, len(args))
-    return rewrite(gm, static=static, architecture=lambda device: "sm_90"), env
+    made = {"options": options, "architecture": lambda device: "sm_90"}
+    return rewrite(gm, static=range(1, len(args)), **made), env
 
 
 def test_gated_decode_of_symbolic_tokens() -> None:
@@ -279,3 +279,20 @@ def test_symbolic_tokens_are_guarded(M: int, op: str, guard: str) -> None:
     assert (decision.status is Status.APPLIED) == bool(op)
     assert isinstance(decision.shapes["M"], str)
     assert any(guard in str(found.expr) for found in env.guards)
+
+
+@pytest.mark.parametrize(("M", "quantized"), [(16, False), (17, True), (8192, True)])
+def test_symbolic_tokens_in_int8_are_guarded(M: int, quantized: bool) -> None:
+    def ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, up)), down)
+
+    # Any number of tokens is packed; a dense product of int8 takes no fewer than 17.
+    options = {"activation_format": "2:4", "quantize": "int8"}
+    record, env = symbolic(M, ffn, N, (K, N), (N, K), **options)
+    (decision,) = record.applied
+    why = "; not quantized: products of int8 need 17 tokens or more"
+    assert decision.detail.endswith(why) != quantized
+    assert any("17" in str(found.expr) for found in env.guards)
+    options = {"quantize": "int8"}
+    _, env = symbolic(M, ffn, N, (K, N), (N, K), **options)
+    assert not any("17" in str(found.expr) for found in env.guards)

@@ -147,6 +147,39 @@ def test_look_alikes_stay_in_16_bits(fn: Callable[..., Any], why: str) -> None:
     assert len(calls(gm, "sparsify24")) == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "why"),
+    [
+        (1, "; not quantized: products of int8 need 17 tokens or more"),
+        (16, "; not quantized: products of int8 need 17 tokens or more"),
+        (17, ""),
+    ],
+)
+def test_int8_needs_some_tokens(tokens: int, why: str) -> None:
+    forced = {"activation_format": "2:4"}
+    sizes = (tokens, D), (H, D), (N, H)
+    gm, decision = run(quantize="int8", sizes=sizes, options=forced)
+    assert decision.detail.partition("; ")[2] == why.removeprefix("; ")
+    assert len(calls(gm, "_int_mm")) == (not why)
+    gm, _ = run(quantize="fp8", sizes=sizes, options=forced)
+    assert len(calls(gm, "_scaled_mm")) == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_sums_of_int8_fit_in_32_bits(first: bool) -> None:
+    longest = 133136  # times 127 squared is the last multiple of 16 below 2**31
+    for K, fits in ((longest, True), (longest + 16, False)):
+        sizes = ((2048, K), (H, K), (N, H)) if first else ((2048, D), (K, D), (N, K))
+        for quantize in ("int8", "fp8"):
+            gm, decision = run(quantize=quantize, sizes=sizes)
+            quantized = bool(calls(gm, "quantized_weight"))
+            assert quantized == (fits or quantize == "fp8")
+            why = (
+                "not quantized: sums of more than 133144 products of int8 may overflow"
+            )
+            assert decision.detail.endswith(why) != quantized
+
+
 def test_float16_is_for_int8() -> None:
     _, decision = run(dtype=torch.float16)
     assert decision.detail.endswith(
