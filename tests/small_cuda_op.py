@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from fake_cuda import Generated, cuda_sources
 from torch import Tensor
 from torch._inductor import ir
+from torch._inductor.lowering import permute
 from torch._inductor.select_algorithm import realize_inputs
+from torch._inductor.virtualized import V
 
 from inductor_sparse import templates
 from inductor_sparse.lowerings import common
@@ -30,6 +32,7 @@ from inductor_sparse.lowerings.cuda_template import (
     allocate,
     wrapper_can_launch,
 )
+from inductor_sparse.lowerings.result_order import is_read_transposed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -98,7 +101,11 @@ _STORE_SUMS = "sums[m * N + n] = acc0; if (ok1) sums[m * N + n + 1] = acc1;"
 
 
 def _render(
-    a: ir.IRNode, b: ir.IRNode, sums: ir.IRNode | None, epilogue: PrintedEpilogue
+    a: ir.IRNode,
+    b: ir.IRNode,
+    sums: ir.IRNode | None,
+    epilogue: PrintedEpilogue,
+    transposed: bool,
 ) -> CudaLaunch:
     primary_param = primary_store = ""
     arguments = [a, b, a.get_size()[0], b.get_size()[1], b.get_size()[0]]
@@ -109,10 +116,15 @@ def _render(
     if epilogue.primary_buffer is not None:
         kind = MEMORY_TYPES[epilogue.out_dtype]
         primary_param = f", {kind}* primary"
+        values = f"(float){epilogue.primary0}", f"(float){epilogue.primary1}"
         primary_store = (
-            "epilogue::store2(primary, m * N + n, (float)"
-            f"{epilogue.primary0}, (float){epilogue.primary1}, ok1);"
+            f"epilogue::store2(primary, m * N + n, {', '.join(values)}, ok1);"
         )
+        if transposed:
+            primary_store = (
+                f"epilogue::store(primary, n * M + m, {values[0]}, ok0);\n    "
+                f"epilogue::store(primary, (n + 1) * M + m, {values[1]}, ok1);"
+            )
         arguments.append(epilogue.primary_buffer)
         signature.append("pointer")
     source = _SOURCE.format(
@@ -135,12 +147,19 @@ def _product(
 ) -> ir.TensorBox:
     a, b = (common.require_contiguous(tensor) for tensor in realize_inputs(a, b))
     size = [a.get_size()[0], b.get_size()[1]]
+    transposed = sums is None and is_read_transposed(V.graph.current_node)
+    size = size[::-1] if transposed else size
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), size)
     written = [] if sums is None else [sums]
     buffer = CudaTemplateBuffer(
-        layout, [a, b, *written], lambda text: _render(a, b, sums, text), written
+        layout,
+        [a, b, *written],
+        lambda text: _render(a, b, sums, text, transposed),
+        written,
+        transposed=transposed,
     )
-    return ir.TensorBox.create(buffer)
+    made = ir.TensorBox.create(buffer)
+    return permute(made, [1, 0]) if transposed else made
 
 
 def _lowering(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:

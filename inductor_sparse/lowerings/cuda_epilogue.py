@@ -15,8 +15,9 @@ scope; it declares only ``namespace epilogue``.
 
 If ``out_dtype`` is not None, the kernel stores one output itself: the 16-bit values
 ``primary0, primary1`` (float expressions, valid after ``body``, meaningless where not
-``ok``) of the row-major ``[M, N]`` buffer ``primary_buffer``, whose rows are a multiple
-of 16 bytes.  Every other store is in ``body``.
+``ok``) of the buffer ``primary_buffer``.  That lies in memory as ``[M, N]``, or as
+``[N, M]`` if the product is transposed, and its rows are a multiple of 16 bytes.  Every
+other store is in ``body``.
 
 Values are computed in float32, the product as it was accumulated: as in Inductor's own
 fused kernels, only what is stored is rounded.  With ``emulate_precision_casts``
@@ -103,18 +104,26 @@ class EpiloguePrinter:
         kernel: whose arguments are the epilogue's parameters.
         product: the kernel's own output, ``[M, N]`` row-major.
         unreadable: names of buffers that the kernel fills besides.
+        transposed: whether ``product`` is ``[N, M]`` row-major instead.
     """
 
     def __init__(
-        self, kernel: Kernel, product: ir.Buffer, unreadable: Set[str] = frozenset()
+        self,
+        kernel: Kernel,
+        product: ir.Buffer,
+        unreadable: Set[str] = frozenset(),
+        *,
+        transposed: bool = False,
     ) -> None:
         self.kernel = kernel
-        self.space = Space(*product.get_size())
+        rows, self._row = product.get_size()
+        self.space = Space(self._row, rows) if transposed else Space(rows, self._row)
+        self._place = self.space.transposed if transposed else self.space.row_major
         self.device = product.get_device()
         self.ops = _NodeOps(self)
         self.refusals: dict[str, str] = {}
         self.product = product.get_name()
-        self.stored = {self.product: _Stored(self._plain(), self.space.row_major)}
+        self.stored = {self.product: _Stored(self._plain(), self._place)}
         self._refused = set(unreadable)
 
     def fuse(self, node: SchedulerNode) -> bool:
@@ -204,9 +213,9 @@ class EpiloguePrinter:
         return (
             (own or dtype in _BULK_DTYPES)
             and self.stored[name].value.dtype == torch.float32
-            and self.space.is_row_major(self.stored[name].location)
+            and where.known_equal(self.stored[name].location.index, self._place.index)
             and V.graph.sizevars.statically_known_multiple_of(
-                self.space.N * dtype.itemsize, _BULK_BYTES
+                self._row * dtype.itemsize, _BULK_BYTES
             )
         )
 

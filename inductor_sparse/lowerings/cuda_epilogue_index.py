@@ -41,7 +41,7 @@ class Space:
         row = m if self.M != 1 else sympy.Integer(0)
         column = n if self.N != 1 else sympy.Integer(0)
         self.row_major = Location(self.N * row + column)
-        self._transposed = Location(self.M * column + row)
+        self.transposed = Location(self.M * column + row)
 
     def simplify(self, index: sympy.Expr) -> sympy.Expr:
         """``index`` with what follows from ``m < M`` and ``n < N``."""
@@ -60,7 +60,7 @@ class Space:
         """(minor, its extent, major, its extent) of a location without gaps."""
         if self.is_row_major(location):
             return n, self.N, m, self.M
-        if known_equal(location.index, self._transposed.index):
+        if known_equal(location.index, self.transposed.index):
             return m, self.M, n, self.N
         raise Unsupported(f"a read of a buffer at {location.index}")
 

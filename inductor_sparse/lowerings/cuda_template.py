@@ -88,12 +88,16 @@ def allocate(
 class CudaTemplateBuffer(ir.TemplateBuffer):
     """The ``[M, N]`` row-major output of a CUDA C++ kernel.
 
+    If it is ``transposed`` it is ``[N, M]`` instead, row-major: Inductor fuses behind
+    it what reads it in that order.
+
     Args:
         layout: of the output, fixed.
         inputs: every tensor the kernel reads or writes, realized.
         render: makes the kernel's text from its epilogue.
         written: those of ``inputs`` that are further outputs: made by :func:`allocate`
             and filled by the kernel.
+        transposed: whether rows of the output are columns of the product.
     """
 
     def __init__(
@@ -102,9 +106,12 @@ class CudaTemplateBuffer(ir.TemplateBuffer):
         inputs: Sequence[ir.IRNode],
         render: Render,
         written: Sequence[ir.IRNode] = (),
+        *,
+        transposed: bool = False,
     ) -> None:
         super().__init__(layout, inputs, make_kernel_render=_make_kernel_render)
         self.render = render
+        self.transposed = transposed
         device = layout.device
         self.mutated_inputs = list(written) or None
         self.mutation_outputs = [
@@ -147,7 +154,9 @@ class CudaTemplateKernel(Kernel):
         self._scheduling = scheduling
         written = [*(self.buffer.mutated_inputs or ()), *self.buffer.mutation_outputs]
         names = {buffer.get_name() for buffer in written}
-        printer = EpiloguePrinter(self, self.buffer, names)
+        printer = EpiloguePrinter(
+            self, self.buffer, names, transposed=self.buffer.transposed
+        )
         with self:
             self._unfused = [n for n in epilogue_nodes if not printer.fuse(n)]
             for name in printer.stored:

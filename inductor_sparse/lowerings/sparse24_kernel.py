@@ -119,7 +119,7 @@ class Epilogue:
     ``code``, ``params``, ``body``, ``primary0`` and ``primary1`` are C++ text, see the
     head of ``templates/cuda/sparse24_mm.cu.jinja``.  ``out_dtype`` is the dtype of the
     output that goes through shared memory and TMA (bf16 or fp16), or None if every
-    store is in ``body``.
+    store is in ``body``; ``transposed`` says that it lies in memory as ``[N, M]``.
     """
 
     out_dtype: torch.dtype | None
@@ -128,6 +128,7 @@ class Epilogue:
     body: str = ""
     primary0: str = "acc0"
     primary1: str = "acc1"
+    transposed: bool = False
 
 
 def plain_epilogue(out_dtype: torch.dtype, N: int) -> Epilogue:
@@ -190,6 +191,7 @@ def kernel_source(
         has_col_scale=has_col_scale,
         store="none" if epilogue.out_dtype is None else "tma16",
         out_dtype="f16" if epilogue.out_dtype == torch.float16 else "bf16",
+        transposed=epilogue.transposed,
         epilogue_code=epilogue.code,
         epilogue_params="".join(f",\n    {param}" for param in epilogue.params),
         epilogue_body=epilogue.body,
@@ -216,7 +218,8 @@ def map_boxes(
 ) -> tuple[dict[str, Any], ...]:
     """Box (inner, outer) and swizzle in bytes of each tensor map, in argument order.
 
-    ``transposed`` says that the map is of ``w.t()``, which lies in memory row by row.
+    ``transposed`` says that the map is of ``w.t()`` or of the output's transpose, which
+    lies in memory row by row.
     """
     item = dtype.itemsize
     values = {"box": (64 // item, config.block_m), "swizzle": 64, "transposed": False}
@@ -227,6 +230,8 @@ def map_boxes(
     w = {"box": box, "swizzle": 128, "transposed": b_order == "k"}
     columns = config.store_columns
     out = {"box": (columns, 64), "swizzle": 2 * columns, "transposed": False}
+    if epilogue.transposed:
+        out = {"box": (64, columns), "swizzle": 128, "transposed": True}
     # Copies of a plain run of bytes would move the words too, in 16-byte pieces: much
     # slower, and 8-bit operands with two words for each thread wait for them.
     metadata = {"box": (128, 1), "swizzle": 0, "transposed": False}

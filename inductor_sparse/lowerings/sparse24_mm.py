@@ -18,7 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import to_dtype
+from torch._inductor.lowering import permute, to_dtype
 from torch._inductor.select_algorithm import (
     autotune_select_algorithm,
     realize_inputs,
@@ -42,6 +42,7 @@ from inductor_sparse.lowerings.cuda_template import (
     wrapper_can_launch,
 )
 from inductor_sparse.lowerings.hopper import Refused
+from inductor_sparse.lowerings.result_order import is_read_transposed
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
 from inductor_sparse.runtime import cuda_driver, cuda_kernel
 from inductor_sparse.runtime.cuda_kernel import TensorMap
@@ -57,7 +58,8 @@ class Product:
     """One call of the op with its operands in memory.
 
     ``operands`` are values, metadata, w and the scales there are; ``b_order`` is that
-    of ``w`` (see :func:`.sparse24_gemm.weight_order`); ``M`` may be symbolic.
+    of ``w`` (see :func:`.sparse24_gemm.weight_order`); ``M`` may be symbolic.  The
+    result is stored as ``[N, M]`` if it is ``transposed``.
     """
 
     operands: list[Any]
@@ -67,6 +69,7 @@ class Product:
     K: int
     b_order: str
     scales: tuple[bool, bool]
+    transposed: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,10 +188,26 @@ def _weight(w: ir.TensorBox) -> tuple[ir.IRNode, str]:
 
 def _own(product: Product) -> ir.TensorBox:
     """Our kernel, or what autotuning finds faster."""
-    node = _node_maker(product)
-    if not hopper.is_measured(product.operands):
-        return node(_best_tile(product))
-    return _autotuned(product, node)
+    if hopper.is_measured(product.operands):
+        return _autotuned(product, _node_maker(product))
+    stored = dataclasses.replace(product, transposed=_is_stored_transposed(product))
+    return _node_maker(stored)(_best_tile(product))
+
+
+def _is_stored_transposed(product: Product) -> bool:
+    """Whether the kernel stores ``[N, M]``: it is read so, and there is a kernel."""
+    name = str(product.dtype).removeprefix("torch.")
+    arch = profitability.architecture(product.layout.device)
+    row_bytes = product.M * product.layout.dtype.itemsize
+    known_multiple = V.graph.sizevars.statically_known_multiple_of
+    return (
+        product.layout.dtype in (torch.bfloat16, torch.float16)
+        and bool(known_multiple(row_bytes, hopper.ALIGNMENT))
+        and is_read_transposed(V.graph.current_node)
+        and profitability.has_kernel(
+            arch, f"{OP_NAME}_transposed", name, unverified=config.allow_unverified
+        )
+    )
 
 
 def _best_tile(product: Product) -> TileConfig:
@@ -271,9 +290,13 @@ def _node_maker(product: Product) -> Callable[[TileConfig], ir.TensorBox]:
         def render(printed: PrintedEpilogue) -> CudaLaunch:
             return _launch(product, tile, printed)
 
-        return ir.TensorBox.create(
-            CudaTemplateBuffer(product.layout, product.operands, render)
+        layout, transposed = product.layout, product.transposed
+        if transposed:
+            layout = ir.FixedLayout(layout.device, layout.dtype, layout.size[::-1])
+        made = ir.TensorBox.create(
+            CudaTemplateBuffer(layout, product.operands, render, transposed=transposed)
         )
+        return permute(made, [1, 0]) if transposed else made
 
     return make
 
@@ -287,6 +310,7 @@ def _launch(product: Product, tile: TileConfig, printed: PrintedEpilogue) -> Cud
         printed.body,
         printed.primary0,
         printed.primary1,
+        product.transposed,
     )
     row, col = product.scales
     scales = {"has_row_scale": row, "has_col_scale": col}
@@ -312,16 +336,18 @@ def _launch(product: Product, tile: TileConfig, printed: PrintedEpilogue) -> Cud
 
 
 def _as_matrix(name: str, product: Product) -> str:
-    """A buffer that lies in memory as ``[M, N]``, as such, in the wrapper's Python."""
+    """A buffer that lies in memory like the product, as ``[M, N]``, in Python."""
     buffer = V.graph.get_buffer(name)
     known_equal = V.graph.sizevars.statically_known_list_equals
     size, stride = [product.M, product.N], [product.N, 1]
+    if product.transposed:
+        stride = [1, product.M]
     if known_equal(buffer.get_size(), size) and known_equal(
         buffer.get_stride(), stride
     ):
         return name
-    M = V.graph.wrapper_code.codegen_python_sizevar(product.M)
-    return f"reinterpret_tensor({name}, ({M}, {product.N}), ({product.N}, 1), 0)"
+    text = V.graph.wrapper_code.codegen_python_shape_tuple
+    return f"reinterpret_tensor({name}, {text(size)}, {text(stride)}, 0)"
 
 
 def register() -> None:

@@ -21,6 +21,7 @@ KERNELS: dict[str, dict[str, frozenset[str]]] = {
 }
 """Architecture -> op -> dtypes for which a kernel exists and was run there."""
 
+# Of sparse24_mm one form stores a transposed result; a dtype is that of the operands.
 # A kernel for site_counters: those that skip count the neurons that they read.
 _DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE, "site_counters": _WIDE}
 _PACKED = {**_DECODE, "sparsify24": _HALF, "sparse24_mm": _HALF}
@@ -36,6 +37,7 @@ UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
         "activation_spmm": _BYTE,
         "site_counters": _WIDE,
         "linear_sparsify24_quantized": frozenset({"float8_e4m3fn"}),
+        "sparse24_mm_transposed": _HALF | _BYTE,
     },
     "sm_100": _BYTE_ROWS,
     "sm_120": _DECODE,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from inductor_sparse import _compat, formats, lowerings
+from inductor_sparse import _compat, config, formats, lowerings
 from inductor_sparse.lowerings import candidate_check, sparse24_gemm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -123,6 +123,24 @@ def test_transposed_result() -> None:
 
     result, _ = run(fn, values, metadata, weight, other)
     close(result, product(values, metadata, weight).t() + other.double())
+
+
+@pytest.mark.parametrize("M, N", [(256, 256), (328, 520), (8, 64), (2048, 4096)])
+@pytest.mark.parametrize("dtype", [BF16, E4M3], ids=str)
+def test_a_transposed_copy_is_the_kernel_s_own_store(
+    M: int, N: int, dtype: torch.dtype
+) -> None:
+    values, metadata, weight = operands(M, N, 512, dtype)
+    residual = randn(M, N)
+
+    def fn(v: Tensor, m: Tensor, w: Tensor, r: Tensor) -> Tensor:
+        return (op(v, m, w.t()) + r).t().contiguous()
+
+    with config.patch(allow_unverified=True):
+        result, code = run(fn, values, metadata, weight, residual)
+    assert launches(code) == 1
+    assert result.is_contiguous()
+    close(result, (product(values, metadata, weight) + residual.double()).t())
 
 
 @pytest.mark.parametrize("dtype", [E4M3, torch.int8], ids=str)
