@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+_SWAPPED = ([1, 0], [-1, 0], [1, -2], [-1, -2])
 _aten, _prims = torch.ops.aten, torch.ops.prims
 
 
@@ -38,10 +39,7 @@ def _size(node: fx.Node) -> torch.Size | None:
 def _is_transposition(node: fx.Node) -> bool:
     if node.target is _aten.t.default:
         return True
-    if node.target is not _aten.permute.default:
-        return False
-    dims = node.args[1]
-    return isinstance(dims, (list, tuple)) and [d % 2 for d in dims] == [1, 0]  # type: ignore[operator]
+    return node.target is _aten.permute.default and node.args[1] in _SWAPPED
 
 
 def _is_row_major_copy(node: fx.Node) -> bool:

@@ -54,6 +54,7 @@ VIEWS = ORDERED_VIEWS | frozenset(
 
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
+_SWAPPED = ([1, 0], [-1, 0], [1, -2], [-1, -2])
 _ZEROS = frozenset(
     {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 )
@@ -154,7 +155,7 @@ def is_transposition(node: object) -> TypeGuard[fx.Node]:
     if value is None or value.ndim != 2:
         return False
     if is_call(node, {aten.permute.default}):
-        return [int(dim) % 2 for dim in node.args[1]] == [1, 0]
+        return node.args[1] in _SWAPPED
     return is_call(node, {aten.t.default})
 
 
