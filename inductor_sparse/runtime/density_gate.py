@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inductor_sparse import ops
 from inductor_sparse.runtime import device_sums
-from inductor_sparse.runtime.device_sums import Copies
+from inductor_sparse.runtime.device_sums import Copies, Sums
 
 FIRST_LOOK = 8
 """Calls of a graph before its counters are looked at for the first time."""
@@ -52,7 +52,7 @@ class _Site:
     """One site on one device, and what its counters were when last looked at."""
 
     name: str
-    values: Tensor
+    sums: Sums
     max_density: float
     tokens: int
     kept: int = 0
@@ -91,10 +91,10 @@ class Gate:
             with self._lock:
                 if key not in self._sites:
                     shape = (len(ops.COUNTERS),)
-                    values = device_sums.zeros(shape, torch.int64, anchor.device)
-                    _kept_forever.append(values)
-                    self._sites[key] = _Site(site, values, max_density, tokens)
-        return self._sites[key].values
+                    sums = device_sums.zeros(shape, torch.int64, anchor.device)
+                    _kept_forever.append(sums.values)
+                    self._sites[key] = _Site(site, sums, max_density, tokens)
+        return self._sites[key].sums.values
 
     def look(self) -> dict[str, Finding]:
         """Sites that were found too dense; to be called after each call of the graph.
@@ -117,9 +117,9 @@ class Gate:
     def _copy(self) -> dict[str, Finding]:
         self._next_look = self._calls + min(self._calls, MOST_CALLS)
         states = list(self._sites.values())
-        for device in dict.fromkeys(state.values.device for state in states):
-            here = [state for state in states if state.values.device == device]
-            copies = device_sums.start_copies([state.values for state in here])
+        for device in dict.fromkeys(state.sums.values.device for state in states):
+            here = [state for state in states if state.sums.values.device == device]
+            copies = device_sums.start_copies([state.sums for state in here])
             self._copies.append((here, copies))
         return {}
 

@@ -18,11 +18,28 @@ from torch import Tensor
 from inductor_sparse.runtime.graph_pools import outside_graph_pools
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums on their device; ``filled`` is behind their zero fill, None on a CPU."""
+
+    values: Tensor
+    filled: Any = None
+
+    def are_filled(self) -> bool:
+        """Whether there is anything to read: the fill is queued like a kernel."""
+        return self.filled is None or self.filled.query()
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Sums:
     """Sums to begin with, in no pool of a CUDA graph; not while one is captured."""
-    return outside_graph_pools(
-        device, lambda: torch.zeros(shape, dtype=dtype, device=device)
-    )
+
+    def make() -> Sums:
+        values = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type != "cuda":
+            return Sums(values)
+        return Sums(values, torch.cuda.current_stream(device).record_event())
+
+    return outside_graph_pools(device, make)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -48,18 +65,23 @@ class Copies:
         return self.values
 
 
-def start_copies(sums: Sequence[Tensor]) -> Copies:
-    """Copy sums of one device and shape, behind what its stream has been given."""
-    first = sums[0]
+def start_copies(sums: Sequence[Sums]) -> Copies:
+    """Copy sums of one device and shape, behind what its stream has been given.
+
+    Behind their fills as well, whichever stream those were given to.
+    """
+    first = sums[0].values
     if first.device.type != "cuda":
-        return Copies(torch.stack(tuple(sums)).cpu(), None)
+        return Copies(torch.stack([each.values for each in sums]).cpu(), None)
     size = (len(sums), *first.shape)
     # The device is said because the user may have set another one as the default.
     copies = torch.empty(size, dtype=first.dtype, device="cpu", pin_memory=True)
     with torch.cuda.device(first.device):
-        for copy, values in zip(copies, sums, strict=True):
-            copy.copy_(values, non_blocking=True)
-        event = torch.cuda.current_stream(first.device).record_event()
+        stream = torch.cuda.current_stream(first.device)
+        for copy, each in zip(copies, sums, strict=True):
+            stream.wait_event(each.filled)
+            copy.copy_(each.values, non_blocking=True)
+        event = stream.record_event()
     return Copies(copies, event)
 
 

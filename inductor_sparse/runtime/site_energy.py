@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inductor_sparse import config, ops
 from inductor_sparse.runtime import device_sums
-from inductor_sparse.runtime.device_sums import Copies
+from inductor_sparse.runtime.device_sums import Copies, Sums
 
 log = logging.getLogger(__name__)
 
@@ -75,18 +75,23 @@ class _Site:
     """One site on one device, and the copy of its first sums on its way to the host."""
 
     name: str
-    values: Tensor
+    sums: Sums
     limit: float
     calls: int = 0
     graphs: list[_Graph] = dataclasses.field(default_factory=list)
     tries: int = 0
     copy: Copies | None = None
 
-    def energy(self, values: Tensor) -> Energy:
-        """What ``values``, a copy of the sums on the host, says."""
-        kept, total = values.sum(0).tolist()
+    @property
+    def device(self) -> torch.device:
+        """Where its sums lie."""
+        return self.sums.values.device
+
+    def energy(self, values: Tensor | None) -> Energy:
+        """What ``values``, a copy of the sums on the host, says; None: no sums yet."""
+        kept, total = (0.0, 0.0) if values is None else values.sum(0).tolist()
         calls = self.calls + sum(graph.calls for graph in self.graphs)
-        return Energy(self.name, str(self.values.device), calls, kept, total)
+        return Energy(self.name, str(self.device), calls, kept, total)
 
 
 _current = _Current()
@@ -111,8 +116,8 @@ def site_energy(anchor: Tensor, site: str) -> Tensor:
         with _lock:
             if key not in _sites:
                 shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
-                values = device_sums.zeros(shape, torch.float64, anchor.device)
-                _sites[key] = _Site(site, values, limit)
+                sums = device_sums.zeros(shape, torch.float64, anchor.device)
+                _sites[key] = _Site(site, sums, limit)
                 _unsettled.append(_sites[key])
             state = _sites[key]
     elif graph is None and state in _unsettled:
@@ -121,7 +126,7 @@ def site_energy(anchor: Tensor, site: str) -> Tensor:
         state.calls += 1
     elif graph not in state.graphs:
         state.graphs.append(graph)
-    return state.values
+    return state.sums.values
 
 
 def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
@@ -151,14 +156,13 @@ def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
 
 def _look(state: _Site) -> None:
     """Start the copy of a site's sums, or judge it if it has arrived."""
-    device = state.values.device
-    if device_sums.is_capturing(device) or not _lock.acquire(blocking=False):
+    if device_sums.is_capturing(state.device) or not _lock.acquire(blocking=False):
         return
     try:
         if state not in _unsettled:
             return
         if state.copy is None:
-            state.copy = device_sums.start_copies([state.values])
+            state.copy = device_sums.start_copies([state.sums])
         elif state.copy.have_arrived():
             energy = state.energy(state.copy.values[0])
             state.copy = None
@@ -194,11 +198,14 @@ def read() -> list[Energy]:
     """
     with _lock:
         states = list(_sites.values())
-    found: dict[_Site, Energy] = {}
-    for device in dict.fromkeys(state.values.device for state in states):
-        here = [state for state in states if state.values.device == device]
+    # Sums whose fill is still queued hold anything, and waiting for it would be waiting
+    # for all that is queued before it.
+    filled = [state for state in states if state.sums.are_filled()]
+    found = {state: state.energy(None) for state in states}
+    for device in dict.fromkeys(state.device for state in filled):
+        here = [state for state in filled if state.device == device]
         with device_sums.own_stream(device):
-            copies = device_sums.start_copies([state.values for state in here])
+            copies = device_sums.start_copies([state.sums for state in here])
         for state, copy in zip(here, copies.wait(), strict=True):
             found[state] = state.energy(copy)
     return [found[state] for state in states]

@@ -13,6 +13,7 @@ import torch
 from inductor_sparse import _compat, ops
 from inductor_sparse.runtime import adaptation, density_gate, device_sums
 from inductor_sparse.runtime.density_gate import FIRST_LOOK, MOST_CALLS, Finding, Gate
+from inductor_sparse.runtime.device_sums import Sums
 
 DOWN, UP = "layers.0.down:64x16", "layers.1.down:64x16"
 ANCHOR = torch.zeros(1)
@@ -34,7 +35,7 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made, start = Device(), device_sums.start_copies
 
-    def start_late(sums: list[torch.Tensor]) -> device_sums.Copies:
+    def start_late(sums: list[Sums]) -> device_sums.Copies:
         made.copies += 1
         return device_sums.Copies(start(sums).values, made)
 
@@ -243,7 +244,7 @@ def test_copies_lie_on_the_host_whatever_the_default_device(
         device=torch.device("cuda"), shape=(4,), dtype=torch.int64
     )
     with pytest.raises(Asked) as asked:
-        device_sums.start_copies([sums])
+        device_sums.start_copies([Sums(sums)])  # type: ignore[arg-type]
     assert asked.value.args == ("cpu", True)
 
 
@@ -255,8 +256,8 @@ def test_counters_of_a_cpu_lie_there_whatever_the_default_device() -> None:
 def test_each_device_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[list[torch.device]] = []
 
-    def start(sums: list[torch.Tensor]) -> device_sums.Copies:
-        copied.append([values.device for values in sums])
+    def start(sums: list[Sums]) -> device_sums.Copies:
+        copied.append([each.values.device for each in sums])
         return device_sums.Copies(torch.tensor([[0, 0, 9, 10]] * len(sums)), None)
 
     monkeypatch.setattr(device_sums, "start_copies", start)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from inductor_sparse import config, ops
-from inductor_sparse.runtime import site_energy
+from inductor_sparse.runtime import device_sums, site_energy
+from inductor_sparse.runtime.device_sums import Sums
 
 DOWN, UP = "layers.0.down:64x16", "layers.0.up:16x64"
 OP = torch.ops.inductor_sparse.site_energy
@@ -125,3 +126,26 @@ def test_a_late_energy_is_judged(said: Callable[[], list[str]]) -> None:
         kernel(DOWN, 50, 100)
     (message,) = said()
     assert "drops 50.00 %" in message
+
+
+class Fill:
+    """The event behind a zero fill that the device comes to when it is told to."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_sums_are_not_read_before_their_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel(UP, 1, 1)
+    fill, garbage = Fill(), torch.full((ops.ENERGY_SLOTS, 2), 5.0, dtype=torch.float64)
+    monkeypatch.setattr(device_sums, "zeros", lambda *_: Sums(garbage, fill))
+    OP(ANCHOR, DOWN)
+    up, down = site_energy.read()
+    assert (up.total, down.calls, down.kept, down.total) == (1, 1, 0, 0)
+    fill.done = True
+    garbage.zero_()
+    kernel(DOWN, 3, 4)
+    up, down = site_energy.read()
+    assert (up.total, down.kept, down.total) == (1, 3, 4)
