@@ -79,7 +79,8 @@ def sparse(
     _announce(sparse_pass, strict=snapshot["strict"])
     compiled = watched(compiled, example_inputs)
     if on_gpu:
-        compiled = site_energy.observed(compiled, snapshot["max_dropped_energy"])
+        limit = snapshot["max_dropped_energy"]
+        compiled = site_energy.observed(compiled, limit, example_inputs)
     return adaptation.observed(compiled, code)
 
 

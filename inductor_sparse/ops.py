@@ -119,8 +119,8 @@ def site_counters(
 def site_energy(anchor: Tensor, site: str) -> Tensor:
     """Energies of a site: ``[ENERGY_SLOTS, len(ENERGY)]`` float64; new ones every call.
 
-    A kernel for a device keeps them per site.  ``anchor`` is any input of the graph on
-    the device they belong on: it keeps constant folding away.
+    A kernel for a device keeps them, for each site of a model.  ``anchor`` is any input
+    of the graph on the device they belong on: it keeps constant folding away.
     """
     return anchor.new_zeros((ENERGY_SLOTS, len(ENERGY)), dtype=torch.float64)
 

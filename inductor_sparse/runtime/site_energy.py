@@ -2,10 +2,11 @@
 
 The kernels that select two of four add the squares of what they keep, and of
 everything, to a small tensor of their site.  :func:`site_energy` hands it out: one per
-site and device, for the life of the process, because a captured CUDA graph goes on
-writing to it.  Nothing here waits for the device: after its first call a site is copied
-to the host in the background, and the copy is looked at when a later call finds it
-there.  A site that drops too much is then reported once.
+site and device of each compiled graph and each model that runs it, for the life of the
+process, because a captured CUDA graph goes on writing to it.  Nothing here waits for
+the device: after its first call a site is copied to the host in the background, and the
+copy is looked at when a later call finds it there.  A site that drops too much is then
+reported once.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inductor_sparse import config, ops
 from inductor_sparse.runtime import device_sums
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 TRIES = 8
 """Looks at a site that has not added anything yet before it is left alone."""
+
+MOST_MODELS = 16
+"""Models of one compiled graph that are told apart; any others count as the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +60,28 @@ class Energy:
             return None
         return max(0.0, 1.0 - self.kept / self.total)
 
+    def plus(self, other: Energy) -> Energy:
+        """This and what a site of the same name has kept in another model."""
+        return dataclasses.replace(
+            self,
+            calls=self.calls + other.calls,
+            kept=self.kept + other.kept,
+            total=self.total + other.total,
+        )
+
 
 @dataclasses.dataclass(eq=False)
-class _Graph:
-    """One compiled graph: how often it was called, and what its sites may drop."""
+class _Model:
+    """A model that a compiled graph runs: how often, and what its sites may drop."""
 
     limit: float
     calls: int = 0
 
 
 class _Current(threading.local):
-    """The graph that this thread is running."""
+    """The model whose compiled graph this thread is running."""
 
-    graph: _Graph | None = None
+    model: _Model | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,8 +91,8 @@ class _Site:
     name: str
     sums: Sums
     limit: float
+    model: _Model | None
     calls: int = 0
-    graphs: list[_Graph] = dataclasses.field(default_factory=list)
     tries: int = 0
     copy: Copies | None = None
 
@@ -90,12 +104,12 @@ class _Site:
     def energy(self, values: Tensor | None) -> Energy:
         """What ``values``, a copy of the sums on the host, says; None: no sums yet."""
         kept, total = (0.0, 0.0) if values is None else values.sum(0).tolist()
-        calls = self.calls + sum(graph.calls for graph in self.graphs)
+        calls = self.calls if self.model is None else self.model.calls
         return Energy(self.name, str(self.device), calls, kept, total)
 
 
 _current = _Current()
-_sites: dict[tuple[str, torch.device], _Site] = {}
+_sites: dict[tuple[_Model | None, str, torch.device], _Site] = {}
 _unsettled: list[_Site] = []
 _lock = threading.Lock()
 
@@ -106,30 +120,77 @@ def site_energy(anchor: Tensor, site: str) -> Tensor:
     A site that is first met while a CUDA graph is being captured gets energies of its
     own, which nobody reads: memory that outlives the graph cannot be had then.
     """
-    key = (site, anchor.device)
-    state = _sites.get(key)
-    graph = _current.graph
+    model = _current.model
+    state = _sites.get((model, site, anchor.device))
     if state is None:
         if device_sums.is_capturing(anchor.device):
             return ops.site_energy(anchor, site)
-        limit = config.max_dropped_energy if graph is None else graph.limit
-        with _lock:
-            if key not in _sites:
-                shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
-                sums = device_sums.zeros(shape, torch.float64, anchor.device)
-                _sites[key] = _Site(site, sums, limit)
-                _unsettled.append(_sites[key])
-            state = _sites[key]
-    elif graph is None and state in _unsettled:
+        state = _begin(model, site, anchor.device)
+    elif model is None and state in _unsettled:
         _look(state)
-    if graph is None:
+    if model is None:
         state.calls += 1
-    elif graph not in state.graphs:
-        state.graphs.append(graph)
     return state.sums.values
 
 
-def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
+def _begin(model: _Model | None, site: str, device: torch.device) -> _Site:
+    """The state of a site that may be new; not while a CUDA graph is captured."""
+    limit = config.max_dropped_energy if model is None else model.limit
+    key = (model, site, device)
+    with _lock:
+        if key not in _sites:
+            shape = (ops.ENERGY_SLOTS, len(ops.ENERGY))
+            sums = device_sums.zeros(shape, torch.float64, device)
+            _sites[key] = _Site(site, sums, limit, model)
+            _unsettled.append(_sites[key])
+        return _sites[key]
+
+
+class _Models:
+    """The models that share one compiled graph, known by their first parameter.
+
+    Dynamo compiles once for all models of a class, and hands the graph the parameters
+    of the one that is called.
+    """
+
+    def __init__(self, limit: float, example_inputs: Iterable[Any]) -> None:
+        self._limit = limit
+        self._position = next(
+            (i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)),
+            None,
+        )
+        self._models: list[_Model] = []
+        self._known: dict[int, tuple[Callable[[], Any], _Model]] = {}
+
+    def called(self, args: Sequence[Any]) -> _Model:
+        """The model that calls the graph with ``args``."""
+        parameter = None if self._position is None else args[self._position]
+        reference, model = self._known.get(id(parameter), (object, None))
+        if model is None or reference() is not parameter:
+            model = self._meet(parameter)
+        return model
+
+    def _meet(self, parameter: Tensor | None) -> _Model:
+        """A model for a parameter that was not seen yet, with energies of its own.
+
+        They are made before it runs: a CUDA graph may be captured for it at once.
+        """
+        with _lock:
+            if len(self._models) < MOST_MODELS:
+                self._models.append(_Model(self._limit))
+            model = self._models[-1]
+            reference = (lambda: None) if parameter is None else weakref.ref(parameter)
+            living = {i: met for i, met in self._known.items() if met[0]() is not None}
+            self._known = {**living, id(parameter): (reference, model)}
+        for other, site, device in tuple(_sites):
+            if other is self._models[0] and not device_sums.is_capturing(device):
+                _begin(model, site, device)
+        return model
+
+
+def observed(
+    compiled: Callable[..., Any], limit: float, example_inputs: Iterable[Any] = ()
+) -> Callable[..., Any]:
     """``compiled``, counting its calls and looking after the sites in it.
 
     Needed because a replayed CUDA graph does not call :func:`site_energy`.
@@ -137,19 +198,21 @@ def observed(compiled: Callable[..., Any], limit: float) -> Callable[..., Any]:
     Args:
         compiled: a compiled graph.
         limit: the fraction of its energy that a site may drop without a warning.
+        example_inputs: what it was compiled for; parameters tell its models apart.
     """
-    graph = _Graph(limit)
+    models = _Models(limit, example_inputs)
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:
         for state in tuple(_unsettled):
             _look(state)
-        graph.calls += 1
-        outer, _current.graph = _current.graph, graph
+        model = models.called(args)
+        model.calls += 1
+        outer, _current.model = _current.model, model
         try:
             return compiled(*args)
         finally:
-            _current.graph = outer
+            _current.model = outer
 
     return call
 
@@ -193,6 +256,7 @@ def _judge(energy: Energy, limit: float) -> None:
 def read() -> list[Energy]:
     """What every site has kept so far, in the order in which they were first met.
 
+    Sites of the same name and device are added up, whichever model they belong to.
     Read on a stream of its own: work that the device has not come to yet is not waited
     for, and not counted.
     """
@@ -208,7 +272,11 @@ def read() -> list[Energy]:
             copies = device_sums.start_copies([state.sums for state in here])
         for state, copy in zip(here, copies.wait(), strict=True):
             found[state] = state.energy(copy)
-    return [found[state] for state in states]
+    added: dict[tuple[str, str], Energy] = {}
+    for energy in (found[state] for state in states):
+        key = (energy.site, energy.device)
+        added[key] = added[key].plus(energy) if key in added else energy
+    return list(added.values())
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")

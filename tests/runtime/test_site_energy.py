@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inductor_sparse import config, ops
 from inductor_sparse.runtime import device_sums, site_energy
@@ -94,6 +95,93 @@ def test_a_graph_looks_after_its_sites(said: Callable[[], list[str]]) -> None:
     assert "drops 20.00 %" in message
     assert "allows (10.00 %)" in message
     assert site_energy.read()[0].calls == 4
+
+
+def test_graphs_with_the_same_site_are_judged_apart(
+    said: Callable[[], list[str]],
+) -> None:
+    faithful = site_energy.observed(lambda: kernel(DOWN, 1000, 1000), limit=0.1)
+    for _ in range(3):
+        faithful()
+    assert said() == []
+    lossy = site_energy.observed(lambda: kernel(DOWN, 50, 100), limit=0.1)
+    for _ in range(3):
+        lossy()
+    (message,) = said()
+    assert "drops 50.00 %" in message
+    (both,) = site_energy.read()
+    assert both == site_energy.Energy(DOWN, "cpu", calls=6, kept=3150.0, total=3300.0)
+
+
+class Scaled(nn.Module):
+    """A model with a parameter; the backend of :func:`compile_once` runs its kernel."""
+
+    def __init__(self, kept: float) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.tensor(kept))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.kept
+
+
+@pytest.fixture
+def compiled_graphs() -> Iterator[list[Callable[..., Any]]]:
+    torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+def as_cuda_graphs(
+    graphs: list[Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """A backend whose graphs are captured at the first call of every further model."""
+
+    def backend(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        seen: dict[int, Tensor] = {}
+
+        def compiled(*args: Any) -> Any:
+            kept = next(x for x in args if isinstance(x, nn.Parameter))
+            if id(kept) not in seen:
+                capturing = bool(seen)
+                monkeypatch.setattr(device_sums, "is_capturing", lambda _: capturing)
+                seen[id(kept)] = OP(ANCHOR, DOWN)
+                monkeypatch.setattr(device_sums, "is_capturing", lambda _: False)
+            seen[id(kept)][0] += torch.tensor([kept.item(), 100.0])
+            return gm.forward(*args)
+
+        graphs.append(site_energy.observed(compiled, 0.1, inputs))
+        return graphs[-1]
+
+    return backend
+
+
+def test_models_that_share_a_graph_are_judged_apart(
+    said: Callable[[], list[str]],
+    compiled_graphs: list[Callable[..., Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = as_cuda_graphs(compiled_graphs, monkeypatch)
+    with torch.no_grad():
+        for kept in (100.0, 60.0):
+            model = torch.compile(Scaled(kept), backend=backend)
+            for _ in range(3):
+                model(ANCHOR)
+    assert len(compiled_graphs) == 1
+    (message,) = said()
+    assert "drops 40.00 %" in message
+    (both,) = site_energy.read()
+    assert (both.calls, both.kept, both.total) == (6, 480.0, 600.0)
+
+
+def test_only_so_many_models_of_a_graph_are_told_apart() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(site_energy.MOST_MODELS + 5)]
+    graph = site_energy.observed(lambda _: kernel(DOWN, 1, 1), 0.1, weights[:1])
+    for _ in range(2):
+        for weight in weights:
+            graph(weight)
+    assert len(site_energy._sites) == site_energy.MOST_MODELS
+    (together,) = site_energy.read()
+    assert (together.calls, together.total) == (2 * len(weights), 2 * len(weights))
 
 
 def test_a_graph_that_fails_is_left(said: Callable[[], list[str]]) -> None:
