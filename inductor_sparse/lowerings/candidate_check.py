@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import logging
 import math
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ _SUM_TOLERANCE = 2.0**-8
 
 _LAST_RESORT_MS = 1e9
 
+_PROCESS = uuid.uuid4().hex
+_failed: set[str] = set()
+"""Candidates that failed in this process, other than by a lack of memory."""
+
 
 class Oracle(abc.ABC):
     """Knows what the candidates of one autotuning have to compute.
@@ -52,10 +57,26 @@ class Oracle(abc.ABC):
     def __init__(self) -> None:
         self.timed = 0
         self.short_of_memory = False
+        self._nonce = uuid.uuid4().hex
 
     @abc.abstractmethod
     def error(self, result: Any, inputs: Sequence[Tensor]) -> float:
         """The relative error of what a candidate made of ``inputs``."""
+
+    def kept_key(self, key: str, name: str) -> str:
+        """What the time of a candidate is kept under on disk, by Inductor.
+
+        Memory that was missing, or a candidate that failed, says nothing about the next
+        process: such times are kept where nobody else looks.  So a lack of memory costs
+        the next layer a new measurement, and a failure the next process.
+
+        Args:
+            key: of the candidate, the same in every process.
+            name: as for :func:`checked_time`.
+        """
+        if self.short_of_memory:
+            return f"{key}-{self._nonce}"
+        return f"{key}-{_PROCESS}" if name in _failed else key
 
 
 def checked_time(
@@ -93,7 +114,10 @@ def checked_time(
             allowed,
         )
     except Exception as problem:  # whatever it is, the candidate is out of the race
-        oracle.short_of_memory |= isinstance(problem, torch.OutOfMemoryError)
+        if isinstance(problem, torch.OutOfMemoryError):
+            oracle.short_of_memory = True
+        else:
+            _failed.add(name)
         summary = str(problem).strip().partition("\n")[0]
         log.warning("%s is not a candidate: %s", name, summary)
     return _LAST_RESORT_MS if last_resort else math.inf

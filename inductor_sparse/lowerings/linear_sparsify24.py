@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -216,12 +215,12 @@ def _rows(matrix: ir.TensorBox) -> ir.IRNode:
 def _fastest(call: Call) -> Packed:
     """The kernel or the pair: measured if Inductor autotunes, expected otherwise."""
     if hopper.is_measured(call.operands):
-        try:
-            return _measured(call)
-        except torch.OutOfMemoryError:
-            log.warning(
-                "%s %s: not enough memory to measure candidates", OP_NAME, call.sizes
-            )
+        measured = _measured(call)
+        if measured is not None:
+            return _node(call, measured.tile)
+        log.warning(
+            "%s %s: not enough memory to measure candidates", OP_NAME, call.sizes
+        )
     _, _, K = call.sizes
     processors = cuda_driver.multiprocessors(call.x.get_device())
     tile = linear_sparsify24_kernel.best_tile(call.tokens, K, processors)
@@ -280,33 +279,37 @@ def _launch(
     )
 
 
-def _measured(call: Call) -> Packed:
-    """The fastest of all tiles and the pair, each checked before it is timed."""
-    made: dict[str, Packed] = {}
+def _measured(call: Call) -> linear_sparsify24_choices.Candidate | None:
+    """The fastest of all tiles and the pair, each checked before it is timed.
 
-    def maker(tile: TileConfig | None) -> Callable[[], ir.TensorBox]:
-        def make() -> ir.TensorBox:
-            made["packed"] = _node(call, tile)
-            return made["packed"][0]
-
-        return make
-
+    None if there was no memory to measure any.
+    """
+    won: list[linear_sparsify24_choices.Candidate] = []
     oracle = linear_sparsify24_choices.Oracle(call.activation)
-    choices = [
-        linear_sparsify24_choices.Candidate(
-            tile, call.operands, call.layout, oracle, maker(tile)
+
+    def candidate(tile: TileConfig | None) -> linear_sparsify24_choices.Candidate:
+        def make() -> ir.TensorBox:
+            # No node yet: a pair that nobody reads would add to the energy as well.
+            won.append(made)
+            return call.given[0]
+
+        made = linear_sparsify24_choices.Candidate(
+            tile, call.operands, call.layout, oracle, make
         )
-        for tile in (None, *linear_sparsify24_kernel.TILES)
-    ]
-    with _compat.measuring_in_this_process():
-        autotune_select_algorithm(
-            OP_NAME,
-            choices,
-            call.operands,
-            call.layout,
-            return_multi_template=False,
-        )
-    return made["packed"]
+        return made
+
+    try:
+        with _compat.measuring_in_this_process():
+            autotune_select_algorithm(
+                OP_NAME,
+                [candidate(tile) for tile in (None, *linear_sparsify24_kernel.TILES)],
+                call.operands,
+                call.layout,
+                return_multi_template=False,
+            )
+    except torch.OutOfMemoryError:
+        return None
+    return None if oracle.short_of_memory and not oracle.timed else won[-1]
 
 
 def register() -> None:

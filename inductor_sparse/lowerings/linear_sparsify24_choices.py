@@ -59,7 +59,7 @@ def _pairs(a_PK: Tensor) -> Tensor:
 
 
 class Candidate(ir.ChoiceCaller):
-    """The kernel with one tile, or for None the pair; ``make`` builds its nodes."""
+    """The kernel with one tile, or for None the pair; ``make`` is called if it wins."""
 
     def __init__(
         self,
@@ -107,6 +107,10 @@ class Candidate(ir.ChoiceCaller):
 
     def hash_key(self) -> str:
         """What times kept on disk are looked up by: the tile and the kernel's text."""
+        return self.oracle.kept_key(self._key(), str(self))
+
+    def _key(self) -> str:
+        """The part of it that is the same in every process."""
         if self.tile is None:
             return f"{self.name}-{self.oracle.activation}"
         source = linear_sparsify24_kernel.kernel_source(
@@ -123,5 +127,5 @@ class Candidate(ir.ChoiceCaller):
         return {"backend": "CUDA", "tile": self.description}
 
     def output_node(self) -> ir.TensorBox:
-        """The values as a node of the graph."""
+        """What ``make`` returns."""
         return self.make()

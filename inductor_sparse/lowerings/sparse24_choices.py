@@ -106,7 +106,8 @@ class TileCaller(ir.ChoiceCaller):
 
     def hash_key(self) -> str:
         """What times kept on disk are looked up by: the tile and the kernel's text."""
-        return f"{self.tile}-{code_hash(self._kernel().source)}"
+        key = f"{self.tile}-{code_hash(self._kernel().source)}"
+        return self.oracle.kept_key(key, str(self))
 
     def precompile(self) -> None:
         """Compile the kernel, in whatever thread Inductor does it."""
@@ -166,6 +167,10 @@ class CheckedExtern(ExternKernelCaller):
             args,
             last_resort=self.choice is vendor24.MASKED_DENSE,
         )
+
+    def hash_key(self) -> str:
+        """What times kept on disk are looked up by."""
+        return self.oracle.kept_key(super().hash_key(), self.choice.name)
 
 
 def input_generators(K: int) -> dict[int, Callable[[Any], Tensor]]:

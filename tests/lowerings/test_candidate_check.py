@@ -195,3 +195,48 @@ def test_an_unknown_error_is_too_large(
     monkeypatch.setattr(Doubled, "error", lambda *_: math.nan)
     took, oracle = race(lambda x: x + x)
     assert (took, oracle.timed) == (math.inf, 0)
+
+
+@pytest.fixture
+def _no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_failed", set())
+
+
+@pytest.mark.usefixtures("_no_failures")
+def test_times_without_memory_are_kept_where_nobody_looks(race: Race) -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _, short = race(fail)
+    # All candidates of that race: the times of some mean little without the others.
+    for name in ("number 1", "number 2"):
+        key = short.kept_key("key", name)
+        assert key.startswith("key-")
+        assert key == short.kept_key("key", name)
+    _, again = race(fail)
+    assert again.kept_key("key", "number 1") != short.kept_key("key", "number 1")
+    _, enough = race(lambda x: x + x)
+    assert enough.kept_key("key", "number 1") == "key"
+
+
+@pytest.mark.usefixtures("_no_failures")
+def test_a_failure_is_kept_for_this_process_only(
+    race: Race, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise RuntimeError("launch failed")
+
+    _, oracle = race(fail)
+    key = oracle.kept_key("key", "number 1")
+    assert key.startswith("key-")
+    assert oracle.kept_key("key", "number 2") == "key"
+    _, next_layer = race(lambda x: x + x)
+    assert next_layer.kept_key("key", "number 1") == key
+    monkeypatch.setattr(check, "_PROCESS", "another")
+    assert next_layer.kept_key("key", "number 1") == "key-another"
+
+
+@pytest.mark.usefixtures("_no_failures")
+def test_a_wrong_result_is_wrong_in_every_process(race: Race) -> None:
+    _, oracle = race(lambda x: x)
+    assert oracle.kept_key("key", "number 1") == "key"

@@ -180,6 +180,28 @@ def test_no_memory_to_measure_in_is_no_failure(
     assert len(made.cuda_kernels) == 1
 
 
+@pytest.mark.parametrize("timed", [0, 1])
+def test_no_memory_to_check_in_is_no_reason_for_the_pair(
+    timed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = list(hopper.TILES)[-1]
+
+    def select(name: str, choices: list[Any], *rest: Any, **how: Any) -> Any:
+        before = {choice.hash_key() for choice in choices}
+        choices[0].oracle.short_of_memory = True
+        choices[0].oracle.timed = timed
+        assert not before & {choice.hash_key() for choice in choices}
+        return choices[-timed].output_node()
+
+    monkeypatch.setattr(linear_sparsify24, "autotune_select_algorithm", select)
+    inputs = _meta(2048, 512), _meta(4096, 512)
+    made = generate(_op(), *inputs, inductor={"max_autotune_gemm": True})
+    assert ("not enough memory to measure" in caplog.text) is not bool(timed)
+    # Of the pair, which cannot be measured, nothing is left behind.
+    assert (len(made.cuda_kernels), made.triton_kernels) == (1, ())
+    assert (f"shared_bytes={last.shared_bytes}" in made.code) is bool(timed)
+
+
 def test_a_cpu_multiplies_and_packs() -> None:
     lowerings.register_all()
     torch.manual_seed(0)

@@ -220,6 +220,20 @@ def test_the_dense_product_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert times[-1] == math.inf
 
 
+def test_a_lack_of_memory_is_not_kept_on_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    offered = choices_of(monkeypatch, 0)
+    generate()
+    before = [choice.hash_key() for choice in offered]
+    assert before == [choice.hash_key() for choice in offered]
+    offered[0].oracle.short_of_memory = True
+    after = [choice.hash_key() for choice in offered]
+    assert not set(before) & set(after)
+    assert len(set(after)) == len(after)
+
+
 def test_inputs_are_valid_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[int, Any] = {}
 
