@@ -1,8 +1,8 @@
 """The Hopper kernel of ``sparse24_mm`` called by itself, and what it takes.
 
-:func:`sparse24_mm` is the op on CUDA, outside of compiled code: the kernel where there
-is one for the device and the shapes, the dense product of the unpacked operand else.
-Autotuning measures the same kernels through :func:`launch`.
+:func:`sparse24_mm` is the op on CUDA, outside of compiled code: the kernel, ours or a
+vendor's, where there is one for the device and the shapes, the dense product of the
+unpacked operand else.  Autotuning measures the same kernels through :func:`launch`.
 
 Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction, ``S`` packed reduction.
 """
@@ -45,6 +45,33 @@ def size_refusal(
     if any(size > MAX_SIZE for size in sizes):
         return f"a size is over {MAX_SIZE}"
     return None
+
+
+def kernel_of(
+    arch: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    *,
+    scaled: bool,
+) -> str:
+    """Whose kernel the op takes: ``own``, ``cutlass``, ``cusparselt`` or ``dense``.
+
+    Args:
+        arch: as :func:`profitability.architecture` names it.
+        dtype: of the operands.
+        out_dtype: of the result.
+        sizes: M, N and K.
+        scaled: whether there are scales.
+    """
+    route = profitability.ROUTES.get(arch, "dense")
+    if route == "dense" or size_refusal(dtype, out_dtype, sizes) is not None:
+        return "dense"
+    if route == "own":
+        return route
+    refusal = getattr(vendor24, f"{route}_refusal")
+    refused = refusal(dtype, out_dtype, sizes[1], scaled=scaled)
+    return route if refused is None else "dense"
 
 
 def weight_order(
@@ -174,24 +201,21 @@ def sparse24_mm(
     (K, N), M = w.shape, values.shape[0]
     out = reference.result_dtype24(values.dtype, out_dtype)
     arch = profitability.architecture(values.device)
-    own = profitability.ROUTES.get(arch) == "own" and cuda_kernel.available()
-    if not own or size_refusal(values.dtype, out, (M, N, K)) is not None:
+    scaled = row_scale is not None or col_scale is not None
+    kernel = kernel_of(arch, values.dtype, out, (M, N, K), scaled=scaled)
+    if kernel == "dense" or (kernel == "own" and not cuda_kernel.available()):
         return vendor24.masked_dense(
             values, metadata, w, row_scale, col_scale, out_dtype=out_dtype
         )
-    result = values.new_empty(M, N, dtype=out)
     w, b_order = fetchable(w)
+    operands = _aligned(values.contiguous()), _aligned(metadata.contiguous()), w
+    scales = _scale(row_scale), _scale(col_scale)
+    if kernel != "own":
+        return getattr(vendor24, kernel)(*operands, *scales, out_dtype=out_dtype)
+    result = values.new_empty(M, N, dtype=out)
     processors = cuda_driver.multiprocessors(values.device)
     tile = tile_model.best_tile(M, N, K, values.dtype, b_order, processors)
-    launch(
-        tile,
-        _aligned(values.contiguous()),
-        _aligned(metadata.contiguous()),
-        w,
-        _scale(row_scale),
-        _scale(col_scale),
-        result,
-    )
+    launch(tile, *operands, *scales, result)
     return result
 
 

@@ -104,6 +104,8 @@ def unpack(values: Tensor, metadata: Tensor, features: int) -> Tensor:
 def _dense_product(dense: Tensor, w: Tensor) -> Tensor | None:
     """``dense @ w`` in float32 or int32; None where no fast kernel takes the shapes."""
     (M, K), N = dense.shape, w.shape[1]
+    if dense.dtype == torch.float8_e4m3fn and not _multiplies_e4m3(dense.device):
+        dense, w = dense.half(), w.half()  # which hold every value of e4m3
     if dense.dtype in _WIDE:
         return torch.mm(dense, w, out_dtype=torch.float32)
     if K % 16 or N % 16 or M <= 16:
@@ -113,6 +115,13 @@ def _dense_product(dense: Tensor, w: Tensor) -> Tensor | None:
     one = torch.ones((), device=dense.device)
     by_column = w if w.stride(0) == 1 else w.t().contiguous().t()
     return torch._scaled_mm(dense, by_column, one, one, out_dtype=torch.float32)
+
+
+def _multiplies_e4m3(device: torch.device) -> bool:
+    """Whether ``torch._scaled_mm`` runs there: from sm_89 on."""
+    if torch.version.hip:
+        return False  # the GPUs that we know have another format of 8 bits
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _scaled(

@@ -53,9 +53,10 @@ def measure(compute: Callable[[], Any], args: tuple[Any, ...]) -> KernelUse:
     arch = profitability.architecture(values.device)
     (K, N), M = w.shape, values.shape[0]
     count = device.multi_processor_count
+    scaled = any(scale is not None for scale in args[3:])
     dense = dense_peak(arch, values.dtype, count)
     return KernelUse(
-        kernel=name(values, w, arch, count),
+        kernel=name(values, w, arch, count, scaled=scaled),
         tflops=2 * M * N * K / _seconds(compute) / 1e12,
         dense_peak=dense,
         sparse_peak=None if dense is None else 2 * dense,
@@ -70,18 +71,18 @@ def dense_peak(arch: str, dtype: torch.dtype, multiprocessors: int) -> float | N
     return one * multiprocessors * (2 if dtype.itemsize == 1 else 1)
 
 
-def name(values: Tensor, w: Tensor, arch: str, multiprocessors: int) -> str:
+def name(
+    values: Tensor, w: Tensor, arch: str, multiprocessors: int, *, scaled: bool = False
+) -> str:
     """The kernel that the op takes for these operands, and its tile if it is ours.
 
     Autotuning, where it is on, may choose another tile.
     """
     (K, N), M, dtype = w.shape, values.shape[0], values.dtype
-    route = profitability.ROUTES.get(arch, "masked dense")
     out = reference.result_dtype24(dtype, None)
-    if route != "own":
-        return route
-    if sparse24_gemm.size_refusal(dtype, out, (M, N, K)) is not None:
-        return "masked dense"
+    kernel = sparse24_gemm.kernel_of(arch, dtype, out, (M, N, K), scaled=scaled)
+    if kernel != "own":
+        return "masked dense" if kernel == "dense" else kernel
     order = sparse24_gemm.weight_order(w.shape, w.stride(), w.element_size()) or "k"
     tile = tile_model.best_tile(M, N, K, dtype, order, multiprocessors)
     return f"sparse24_mm_{DTYPE_NAMES[dtype]} {tile}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from inductor_sparse.lowerings import sparse24_gemm, sparse24_kernel
+from inductor_sparse import formats, profitability
+from inductor_sparse.lowerings import sparse24_gemm, sparse24_kernel, vendor24
+from inductor_sparse.runtime import cuda_driver
 
-BF16, INT8 = torch.bfloat16, torch.int8
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 ORDERS = [
     # (K, N), strides along K and N, bytes of an element, order
@@ -109,3 +114,96 @@ def test_the_arguments_of_the_plain_kernel(tma_store: bool) -> None:
     assert kernel.signature == (*tensors, *("int32",) * 3, *out)
     assert [spec.transposed for spec in kernel.maps[:2]] == [False, True]
     assert ("out[m * N + n]" in kernel.source) is not tma_store
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """The kernels that the op ran, and their operands; each returns its result."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def kernel(name: str) -> Any:
+        def run(*operands: Any, out_dtype: torch.dtype | None = None) -> Tensor:
+            calls.append((name, operands))
+            return torch.empty(0)
+
+        return run
+
+    for name in ("masked_dense", "cutlass", "cusparselt"):
+        monkeypatch.setattr(vendor24, name, kernel(name))
+    monkeypatch.setattr(sparse24_gemm, "launch", kernel("own"))
+    monkeypatch.setattr(sparse24_gemm.cuda_kernel, "available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_driver, "multiprocessors", lambda _: 132)
+    return calls
+
+
+def on(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profitability, "architecture", lambda _: arch)
+
+
+def operands(M: int, K: int, N: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    values = torch.zeros(formats.values_shape(M, K), dtype=dtype)
+    metadata = torch.zeros(formats.metadata_shape(M, K), dtype=torch.int32)
+    return values, metadata, torch.zeros(N, K, dtype=dtype).t()
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "N", "scaled", "kernel"),
+    [
+        ("sm_90", BF16, 64, False, "own"),
+        ("sm_90", torch.float32, 64, False, "masked_dense"),
+        ("sm_80", BF16, 64, False, "cutlass"),
+        ("sm_86", INT8, 64, True, "cutlass"),
+        ("sm_89", E4M3, 64, True, "masked_dense"),
+        ("sm_80", BF16, 64, True, "masked_dense"),
+        ("sm_80", BF16, 12, False, "masked_dense"),
+        ("sm_100", E4M3, 64, True, "cusparselt"),
+        ("sm_100", BF16, 0, False, "masked_dense"),
+        ("gfx942", torch.float16, 64, False, "cusparselt"),
+        ("sm_75", BF16, 64, False, "masked_dense"),
+    ],
+)
+def test_the_op_runs_the_kernel_that_there_is(
+    arch: str,
+    dtype: torch.dtype,
+    N: int,
+    scaled: bool,
+    kernel: str,
+    called: list[tuple[str, tuple[Any, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on(arch, monkeypatch)
+    scales = (torch.ones(70), torch.ones(N)) if scaled else ()
+    sparse24_gemm.sparse24_mm(*operands(70, 128, N, dtype), *scales)
+    ((name, _),) = called
+    assert name == kernel
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_without_what_it_needs_the_op_is_dense(
+    arch: str,
+    called: list[tuple[str, tuple[Any, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on(arch, monkeypatch)
+    monkeypatch.setattr(sparse24_gemm.cuda_kernel, "available", lambda: False)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    sparse24_gemm.sparse24_mm(*operands(70, 128, 64, BF16))
+    ((name, _),) = called
+    assert name == "masked_dense"
+
+
+def test_a_vendor_is_given_what_it_can_fetch(
+    called: list[tuple[str, tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("sm_80", monkeypatch)
+    _, metadata, _ = operands(70, 128, 64, BF16)
+    rows, columns = formats.values_shape(70, 128)
+    values = torch.zeros(rows, 1 + columns, dtype=BF16)[:, 1:]
+    w = torch.zeros(1 + 64 * 128, dtype=BF16)[1:].view(64, 128).t()
+    sparse24_gemm.sparse24_mm(values, metadata, w)
+    ((_, (given, _, weight, *scales)),) = called
+    assert given.is_contiguous()
+    assert weight.stride() == (1, 128)
+    assert given.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    assert scales == [None, None]

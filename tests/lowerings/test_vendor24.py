@@ -154,6 +154,32 @@ def test_scales_are_applied_before_rounding() -> None:
     assert scaled.tolist() == [[6.0, 5.0]]
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)])
+def test_e4m3_is_multiplied_in_16_bits_where_nothing_else_does(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.float16
+        taken.append("mm")
+        return (a.double() @ b.double()).to(out_dtype)
+
+    def scaled_mm(a: Tensor, b: Tensor, *_: Any, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.float8_e4m3fn
+        taken.append("scaled_mm")
+        return (a.double() @ b.double()).to(out_dtype)
+
+    taken: list[str] = []
+    a = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    a = torch.where(a.float().isnan(), torch.zeros(()), a.float()).to(a.dtype)
+    a, w = a.repeat(32, 1), a.repeat(16, 1).t()
+    expected = (a.double() @ w.double()).float()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    assert torch.equal(vendor24._dense_product(a, w), expected)
+    assert taken == ["scaled_mm" if capability >= (8, 9) else "mm"]
+
+
 REFUSALS = [
     (torch.bfloat16, torch.float32, 64, False, "gives no torch.bfloat16 product"),
     (torch.bfloat16, torch.bfloat16, 64, True, "gives no torch.bfloat16 product"),

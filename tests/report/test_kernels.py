@@ -109,6 +109,13 @@ def test_names(arch: str, M: int, name: str) -> None:
     assert kernels.name(values, w, arch, 132) == name
 
 
+def test_a_product_that_the_vendor_refuses_is_named_dense() -> None:
+    values = torch.empty(512, 4096, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta").t()
+    assert kernels.name(values, w, "sm_80", 108, scaled=True) == "masked dense"
+    assert kernels.name(values, w[:, :-1], "sm_80", 108) == "masked dense"
+
+
 def test_peaks_are_those_of_the_data_sheets() -> None:
     assert kernels.dense_peak("sm_90", torch.bfloat16, 132) == pytest.approx(989.4)
     assert kernels.dense_peak("sm_90", torch.int8, 132) == pytest.approx(1978.8)
