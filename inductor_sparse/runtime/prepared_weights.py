@@ -14,7 +14,8 @@ the weight has changed.  A change is noticed by
   (``param.data.mul_()``).  On a GPU that would wait for the device.
 
 A CUDA graph that is replayed asks for nothing: :mod:`~.watched_weights` looks after the
-copies in it, which for that keep their address as long as the weight does.
+copies in it.  For that they keep their address, and outlive their weight until
+:func:`forget`: a graph of Inductor is replayed if another weight lies in its place.
 
 A write through ``.data`` or ``numpy()`` to elements outside the sample only is the one
 thing not noticed: :func:`forget` drops the copies, :func:`inductor_sparse.prepare`
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,19 +43,38 @@ WHOLE = 4096
 RUNS, RUN = 4, 16
 """A larger weight is sampled in so many places, so many elements each."""
 
+UNKNOWN = -1
+"""The version of a weight that is to be copied again, whatever its own is."""
+
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Key(NamedTuple):
-    """Which copy of which memory; a tuple, because one is made at every call."""
+    """Which copy of which weight; a tuple, because one is made at every call.
+
+    The weight is known by how it lies as well as by its address: a tensor of another
+    size may begin there when it has died, and the old window be no part of that.
+    """
 
     address: int
     device: torch.device
+    weight_size: tuple[int, ...]
+    weight_stride: tuple[int, ...]
+    weight_dtype: torch.dtype
     storage_offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     quantized: bool = False
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether ``weight``, at the address of the copied one, lies as that did."""
+        return (
+            self.weight_size == weight.shape
+            and self.weight_stride == weight.stride()
+            and self.weight_dtype == weight.dtype
+            and self.device == weight.device
+        )
 
     def make(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The copy of ``weight``, as the tensors it consists of."""
@@ -75,7 +95,7 @@ class Entry:
 
     ``places`` are the size and strides of the sample; both are None on a GPU.
     ``captured`` says that a CUDA graph reads the copy: it may be replayed when another
-    weight has come to lie at the same address, so the memory must stay.
+    weight has come to lie in the same place, so the memory must stay.
     """
 
     key: Key
@@ -87,7 +107,7 @@ class Entry:
     captured: bool = False
 
     def is_right(self, weight: Tensor) -> bool:
-        """Whether ``weight``, at the address of the copied one, still has its values.
+        """Whether ``weight``, in the place of the copied one, still has its values.
 
         A NaN never equals itself: in the sample it costs a refresh, never a stale copy.
         """
@@ -99,8 +119,12 @@ class Entry:
         return torch.equal(window, self.sample)
 
 
-_entries: dict[Key, Entry] = {}
-_at: dict[int, list[Key]] = {}
+Entries = dict[Key, Entry]
+
+# By the address of the weight.  Read without the lock: the inner dicts are replaced as
+# a whole, never changed.
+_entries: dict[int, Entries] = {}
+_none: Entries = {}
 _changes = 0
 _lock = threading.Lock()
 
@@ -166,6 +190,9 @@ def _fetch(
     key = Key(
         weight.data_ptr(),
         weight.device,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
         storage_offset,
         tuple(size),
         tuple(stride),
@@ -174,30 +201,42 @@ def _fetch(
     )
     if weight.is_inference():  # no version counter: nothing could be noticed
         return key.make(weight)
-    entry = _entries.get(key)
-    captures = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _captured(key, weight)
+    entry = _entries.get(key.address, _none).get(key)
     if entry is not None and entry.is_right(weight):
-        entry.captured |= captures
         return entry.copies
-    if captures:
-        # Nobody has warmed this graph up: it makes a copy of its own at every replay.
-        return key.make(weight)
     return refresh(key, weight.detach()).copies
+
+
+def _captured(key: Key, weight: Tensor) -> tuple[Tensor, ...]:
+    """The kept copy, for a CUDA graph that reads it from now on.
+
+    A graph that nobody has warmed up makes a copy of its own at every replay.
+    """
+    with _lock:
+        entry = _entries.get(key.address, _none).get(key)
+        if entry is not None and entry.is_right(weight):
+            entry.captured = True
+            return entry.copies
+    return key.make(weight)
 
 
 def refresh(key: Key, weight: Tensor) -> Entry:
     """Make a copy of ``weight`` again, or for the first time.
 
-    On a GPU it keeps its place in memory: captured CUDA graphs read from there.
+    On a GPU it keeps its place in memory: captured CUDA graphs read from there.  So
+    does that of a dead weight in whose place ``weight`` has come to lie: a graph that
+    is replayed knows its inputs by their addresses only.
 
     Raises:
         SparseShapeError: the window does not lie inside the weight.
     """
     global _changes
     with _lock, torch.no_grad():
-        _drop_dead(but=key)
+        _drop(_is_dead, but=key)
         version = weight._version
-        old = _entries.get(key)
+        old = _entries.get(key.address, _none).get(key)
         copies = outside_graph_pools(weight.device, lambda: key.make(weight))
         if old is not None and weight.device.type == "cuda":
             for kept, new in zip(old.copies, copies, strict=True):
@@ -208,30 +247,31 @@ def refresh(key: Key, weight: Tensor) -> Entry:
         entry = Entry(key, storage, version, copies, captured=captured)
         if weight.device.type == "cpu":
             entry.places = _places(weight)
-            window = weight.as_strided(*entry.places, weight.storage_offset())
-            entry.sample = window.clone()
-        if key not in _entries:
-            _at.setdefault(key.address, []).append(key)
-        _entries[key] = entry
+            sample = weight.as_strided(*entry.places, weight.storage_offset())
+            entry.sample = sample.clone()
+        _entries[key.address] = {**_entries.get(key.address, _none), key: entry}
         _changes += 1
         return entry
 
 
-def _drop_dead(but: Key | None = None) -> None:
-    dead = [
-        key
-        for key, entry in _entries.items()
-        if entry.storage.expired() and not entry.captured
-    ]
-    for key in dead:
-        if key != but:
-            del _entries[key]
-            _at[key.address].remove(key)
+def _is_dead(entry: Entry) -> bool:
+    return entry.storage.expired() and not entry.captured
 
 
-def entries_at(address: int) -> list[Entry]:
-    """The copies of whatever weight lies at an address."""
-    return [_entries[key] for key in _at.get(address, ())]
+def _drop(unwanted: Callable[[Entry], bool], but: Key | None = None) -> None:
+    """Drop the copies that are unwanted, except one."""
+    for address, entries in list(_entries.items()):
+        wanted = {k: e for k, e in entries.items() if k == but or not unwanted(e)}
+        if not wanted:
+            del _entries[address]
+        elif len(wanted) < len(entries):
+            _entries[address] = wanted
+
+
+def entries_of(weight: Tensor) -> list[Entry]:
+    """The copies of ``weight``, or of one that has lain just as it does."""
+    entries = _entries.get(weight.data_ptr())
+    return [e for e in entries.values() if e.key.is_of(weight)] if entries else []
 
 
 def changes() -> int:
@@ -242,15 +282,22 @@ def changes() -> int:
 def nbytes() -> int:
     """Bytes held by the copies of living weights, and by those in CUDA graphs."""
     with _lock:
-        _drop_dead()
-        return sum(copy.nbytes for e in _entries.values() for copy in e.copies)
+        _drop(_is_dead)
+        kept = [entry for entries in _entries.values() for entry in entries.values()]
+        return sum(copy.nbytes for entry in kept for copy in entry.copies)
 
 
 def forget() -> None:
-    """Drop every copy; each is made again when it is next needed."""
+    """Drop every copy; each is made again when it is next needed.
+
+    One that a CUDA graph reads stays where it is as long as its weight lives, because
+    the graph may be its caller's own, and is written again when it is next needed.
+    """
     with _lock:
-        _entries.clear()
-        _at.clear()
+        _drop(lambda entry: entry.storage.expired() or not entry.captured)
+        for entries in _entries.values():
+            for entry in entries.values():
+                entry.version = UNKNOWN
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")

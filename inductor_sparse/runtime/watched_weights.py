@@ -28,7 +28,7 @@ class _Watch:
         """Write every copy again whose weight has changed in place."""
         for position in self._positions:
             weight = args[position]
-            for entry in prepared_weights.entries_at(weight.data_ptr()):
+            for entry in prepared_weights.entries_of(weight):
                 if not entry.is_right(weight):
                     prepared_weights.refresh(entry.key, weight.detach())
 
@@ -42,7 +42,7 @@ class _Watch:
             for position, value in enumerate(args)
             if is_on_gpu(value)
             and not value.is_inference()
-            and prepared_weights.entries_at(value.data_ptr())
+            and prepared_weights.entries_of(value)
         }
         self._positions = sorted(found.union(self._positions))
 

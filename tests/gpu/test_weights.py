@@ -83,6 +83,22 @@ def test_replayed_graphs_see_a_changed_weight() -> None:
         weight.mul_(-1.5)
 
 
+def test_a_reset_leaves_a_captured_graph_its_copy() -> None:
+    weight = parameter()
+    window = ([512, 256], [1, 512], 0, torch.bfloat16)
+    address = ROW_MAJOR(weight, *window).data_ptr()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ROW_MAJOR(weight, *window) * 1
+    torch._dynamo.reset()
+    prepared_weights.forget()
+    others = [torch.zeros(512, 256, device="cuda").bfloat16() for _ in range(8)]
+    graph.replay()
+    assert torch.equal(out, weight.t())
+    assert ROW_MAJOR(weight, *window).data_ptr() == address
+    assert all(other.data_ptr() != address for other in others)
+
+
 def test_memory_is_in_no_pool_of_a_graph() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     pool = torch.cuda.MemPool()
@@ -103,7 +119,7 @@ def test_memory_is_in_no_pool_of_a_graph() -> None:
 
 
 def test_a_graph_that_nobody_warmed_up_copies_by_itself() -> None:
-    weight = parameter()
+    weight, before = parameter(), prepared_weights.nbytes()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         copy = ROW_MAJOR(weight, [512, 256], [1, 512], 0, torch.bfloat16)
@@ -111,7 +127,7 @@ def test_a_graph_that_nobody_warmed_up_copies_by_itself() -> None:
         graph.replay()
         assert torch.equal(copy, weight.t())
         weight.add_(1)
-    assert prepared_weights.nbytes() == 0
+    assert prepared_weights.nbytes() == before
 
 
 @torch.no_grad()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
+import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import inductor_sparse
+from inductor_sparse import backend
 from inductor_sparse.runtime import prepared_weights
 
 OP = torch.ops.inductor_sparse.row_major_weight
@@ -103,24 +109,120 @@ def test_the_copy_of_a_freed_weight_is_dropped() -> None:
     assert prepared_weights.nbytes() == 0
 
 
+def placed(memory: bytearray, N: int, K: int) -> Tensor:
+    """A weight of its own storage, at the address of ``memory``."""
+    weight = torch.frombuffer(memory, dtype=torch.float32, count=N * K).view(N, K)
+    return weight.copy_(torch.randn(N, K))
+
+
 def test_the_copy_in_a_cuda_graph_outlives_its_weight() -> None:
-    weight = nn.Parameter(torch.randn(48, 80))
+    memory = bytearray(48 * 80 * 4)
+    weight = placed(memory, 48, 80)
     copy = transposed(weight)
-    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    (entry,) = prepared_weights.entries_of(weight)
     entry.captured = True  # as a capture does
     del weight
-    gc.collect()
     assert prepared_weights.nbytes() == copy.nbytes
-    again = prepared_weights.refresh(entry.key, torch.randn(48, 80))
-    assert again.captured
+    # A graph is replayed if another weight has come to lie in the same place.
+    other = placed(memory, 48, 80)
+    assert torch.equal(transposed(other), other.t())
+    (entry,) = prepared_weights.entries_of(other)
+    assert entry.captured
+
+
+def test_a_reset_leaves_a_cuda_graph_its_copy_until_the_weight_is_gone() -> None:
+    """The graph may be one that its caller captured: nobody says when it goes."""
+    weight = nn.Parameter(torch.randn(100, 80))
+    transposed(weight)
+    (entry,) = prepared_weights.entries_of(weight)
+    in_graph = StorageWeakRef(entry.copies[0].untyped_storage())
+    entry.captured = True  # as a capture does
+    transposed(weight, torch.bfloat16)
+    del entry
+    backend.reset()
+    assert prepared_weights.nbytes() == weight.nbytes
+    assert not in_graph.expired()
+    del weight
+    backend.reset()
+    assert in_graph.expired()
+    assert prepared_weights.nbytes() == 0
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_is_forgotten_is_copied_again(captured: bool) -> None:
+    weight = nn.Parameter(torch.randn(100, 80))
+    transposed(weight)
+    (entry,) = prepared_weights.entries_of(weight)
+    entry.captured = captured
+    weight.data[50, 70] = 7.0  # not seen by the version counter, nor in the sample
+    assert not torch.equal(transposed(weight), weight.t())
     prepared_weights.forget()
+    assert torch.equal(transposed(weight), weight.t())
+    (entry,) = prepared_weights.entries_of(weight)
+    assert entry.captured is captured
+
+
+def test_another_view_of_a_weight_has_copies_of_its_own() -> None:
+    weight = torch.randn(48, 80)
+    transposed(weight)
+    for view in (weight[:24], weight.view(24, 160), weight.view(torch.int32)):
+        assert view.data_ptr() == weight.data_ptr()
+        assert prepared_weights.entries_of(view) == []
+    assert len(prepared_weights.entries_of(weight.detach())) == 1
+
+
+@contextlib.contextmanager
+def between_lines(read: Callable[[], object]) -> Iterator[None]:
+    """Let another thread, as it were, read before each line of the module that runs."""
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != prepared_weights.__file__:
+            return None
+        if event == "line":
+            sys.settrace(None)
+            try:
+                read()
+            finally:
+                sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("write", [prepared_weights.nbytes, prepared_weights.forget])
+def test_readers_never_meet_a_copy_that_is_half_dropped(
+    write: Callable[[], object],
+) -> None:
+    weight, other = torch.randn(48, 80), torch.randn(48, 80)
+    transposed(weight)
+    transposed(other)
+    transposed(other, torch.bfloat16)
+    (entry,) = prepared_weights.entries_of(weight)
+    entry.storage = StorageWeakRef(torch.empty(1).untyped_storage())
+    found: list[tuple[int, int]] = []
+
+    def read() -> None:
+        of_both = map(prepared_weights.entries_of, (weight, other))
+        dead, living = map(len, of_both)
+        found.append((dead, living))
+
+    with between_lines(read):
+        write()
+    left = 0 if write is prepared_weights.forget else 2
+    assert (found[0], found[-1]) == ((1, 2), (0, left))
+    assert set(found) <= {(1, 2), (0, 2), (0, 0)}
 
 
 def test_the_memory_of_a_dead_weight_belongs_to_another() -> None:
     """Where nothing is compared, as on a GPU, the storage alone tells."""
     weight = torch.randn(48, 80)
     transposed(weight)
-    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    (entry,) = prepared_weights.entries_of(weight)
     entry.places = None
     assert entry.is_right(weight)
     del weight
@@ -146,7 +248,7 @@ def test_a_copy_that_a_cuda_graph_reads_keeps_its_place(
     weight = torch.randn(48, 80).as_subclass(OnGpu)
     window = ([80, 48], [1, 80], 0, weight.dtype)
     copy = prepared_weights.fetch(weight, *window)
-    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    (entry,) = prepared_weights.entries_of(weight)
     assert not entry.captured
     capturing = True
     assert prepared_weights.fetch(weight, *window) is copy
@@ -158,7 +260,7 @@ def test_a_copy_that_a_cuda_graph_reads_keeps_its_place(
     capturing = False
     assert prepared_weights.fetch(weight, *window).data_ptr() == copy.data_ptr()
     assert torch.equal(copy, weight.t())
-    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    (entry,) = prepared_weights.entries_of(weight)
     assert entry.captured
 
 

@@ -43,7 +43,7 @@ def prepared_copy(weight: Tensor, captured: dict[int, Tensor]) -> Tensor:
 
     Either way nobody asks whether it is stale.
     """
-    (entry,) = prepared_weights.entries_at(weight.data_ptr())
+    (entry,) = prepared_weights.entries_of(weight)
     del captured
     return entry.copies[0]
 
@@ -100,7 +100,7 @@ def test_a_weight_that_comes_back_is_still_watched() -> None:
         watch.learn((given,))
     first.mul_(2)
     watch.refresh((first,))
-    (entry,) = prepared_weights.entries_at(first.data_ptr())
+    (entry,) = prepared_weights.entries_of(first)
     assert torch.equal(entry.copies[0], first.t())
 
 
@@ -115,6 +115,28 @@ def test_a_tensor_without_versions_is_not_watched() -> None:
     call = watched_weights.watched(Replayed(), [x])
     for _ in range(2):
         assert_product(call(x, alias), x, weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(24, 80), (48, 40), (80, 48)])
+def test_another_weight_where_one_has_died(size: tuple[int, int]) -> None:
+    """Its copy is in a CUDA graph, and no part of what lies there now."""
+    memory = bytearray(48 * 80 * 4)
+    weight = torch.frombuffer(memory, dtype=torch.float32).view(48, 80)
+    copy = OP(weight, [80, 48], [1, 80], 0, weight.dtype)
+    (entry,) = prepared_weights.entries_of(weight)
+    entry.captured = True  # as a capture does
+    before = copy.clone()
+    del weight
+    count = size[0] * size[1]
+    other = torch.frombuffer(memory, dtype=torch.float32, count=count).view(size)
+    x = torch.randn(3, size[1])
+    call = watched_weights.watched(Replayed(), [x, other])
+    for _ in range(3):
+        other.add_(1.0)
+        assert_product(call(x, other), x, other)
+    assert torch.equal(copy, before)
+    assert prepared_weights.nbytes() == copy.nbytes + other.nbytes
 
 
 def test_graphs_without_a_gpu_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
