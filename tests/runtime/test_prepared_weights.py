@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import inductor_sparse
 from inductor_sparse import backend
 from inductor_sparse.runtime import prepared_weights
 
@@ -307,27 +306,3 @@ def test_an_inference_tensor_is_copied_every_time() -> None:
         weight.mul_(2)
         assert torch.equal(transposed(weight), weight.t())
     assert first.data_ptr() != transposed(weight).data_ptr()
-
-
-def test_prepare_changes_strides_and_nothing_else() -> None:
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
-    x = torch.randn(4, 8)
-    before, keys = model(x), list(model.state_dict())
-    assert inductor_sparse.prepare(model) == ["0.weight", "2.weight"]
-    assert model[2].weight.stride() == (1, 8)
-    assert list(model.state_dict()) == keys
-    torch.testing.assert_close(model(x), before)
-    assert inductor_sparse.prepare(model) == []
-    model.load_state_dict(model.state_dict())
-    assert model[2].weight.stride() == (1, 8)
-
-
-def test_prepare_leaves_tied_and_sliced_weights_alone() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
-    flat = torch.randn(64)
-    model["a"].weight = nn.Parameter(flat.view(8, 8))
-    model["b"].weight = nn.Parameter(flat.view(8, 8))
-    assert inductor_sparse.prepare(model) == []
-    whole = nn.Linear(8, 8)
-    whole.weight = nn.Parameter(torch.randn(128)[:64].view(8, 8))
-    assert inductor_sparse.prepare(whole) == []
