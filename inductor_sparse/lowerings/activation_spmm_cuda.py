@@ -174,12 +174,15 @@ MOST_ROWS = 65535
 
 
 def takes(*tensors: ir.TensorBox) -> bool:
-    """Whether the kernels take these operands: on a GPU, one dtype, few enough rows."""
+    """Whether the kernels take these operands: on a GPU, one dtype, few enough rows.
+
+    A symbolic number of rows is guarded to stay on its side of the limit, unless it is
+    known to; one that comes out of data has no kernel.
+    """
     dtype = tensors[0].get_dtype()
     rows = sympy.prod(tensors[0].get_size()[:-1])
     return (
         dtype in DOT_DTYPES
-        and size_hint(rows) <= MOST_ROWS
         and not V.graph.cpp_wrapper
         and all(
             t.get_device().type == "cuda"
@@ -187,6 +190,7 @@ def takes(*tensors: ir.TensorBox) -> bool:
             and 0 not in t.get_size()
             for t in tensors
         )
+        and V.graph.sizevars.guard_or_false(sympy.Le(rows, MOST_ROWS))
     )
 
 
@@ -292,9 +296,13 @@ def choose(
 
 
 def most(size: Any) -> int | None:
-    """A size, or the bound that guards have put on it, or None."""
-    upper = V.graph.sizevars.shape_env.bound_sympy(sympy.sympify(size)).upper
-    return int(upper) if upper.is_Integer else None
+    """A size, or the bound of a symbolic one; None unless that is a few tokens.
+
+    A larger bound, such as that of the grid, says nothing of how many there will be.
+    """
+    size = sympy.sympify(size)
+    upper = V.graph.sizevars.shape_env.bound_sympy(size).upper
+    return int(upper) if size.is_Integer or upper <= MAX_TOKENS else None
 
 
 def size_hint(size: Any) -> int:

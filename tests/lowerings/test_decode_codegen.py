@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import decode_kernels
 import fake_cuda
@@ -93,6 +94,62 @@ def test_more_rows_than_a_grid_may_have_call_the_op() -> None:
 
     assert (kernels(65535), kernels(65536)) == (2, 0)
     assert (kernels(13107, 5), kernels(16384, 4)) == (2, 0)
+
+
+def rows_and_guards(made: fake_cuda.Generated) -> tuple[Any, list[str]]:
+    """The most rows there may be of the only symbolic size, and what is guarded."""
+    shape_env = made.graph.sizevars.shape_env
+    (symbol,) = shape_env.var_to_range
+    guards = [str(guard.expr) for guard in shape_env.guards]
+    return shape_env.bound_sympy(symbol).upper, guards
+
+
+@pytest.mark.parametrize(("M", "kernels"), [(7, 2), (65535, 2), (65536, 0)])
+def test_a_symbolic_number_of_rows_stays_on_its_side_of_the_limit(
+    M: int, kernels: int
+) -> None:
+    def fn(z: Tensor, w: Tensor) -> Tensor:
+        return OPS.activation_spmm(z, w, "relu")
+
+    made = fake_cuda.generate(fn, meta(M, 96), meta(96, 80), dynamic=M)
+    upper, guards = rows_and_guards(made)
+    assert len(made.kernels) == kernels
+    # The tile is not that of as many rows as there may be.
+    assert made.code.count("SPLITS : tl.constexpr = 3") == kernels
+    assert len(guards) == 1
+    assert (upper == 65535) == bool(kernels)
+
+
+def test_the_rows_of_all_batches_count() -> None:
+    def fn(z: Tensor, w: Tensor) -> Tensor:
+        return OPS.activation_spmm(z, w, "relu")
+
+    made = fake_cuda.generate(fn, meta(7, 5, 96), meta(7, 96, 80), dynamic=7)
+    upper, _ = rows_and_guards(made)
+    assert (len(made.kernels), upper) == (2, 65535 // 5)
+
+
+def test_a_decode_site_of_the_pass_needs_no_other_guard() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(torch.relu(x), w)
+
+    how = {"options": {}, "inductor": {"triton.cudagraphs": True}}
+    made = fake_cuda.generate(fn, meta(2, 16384), meta(4096, 16384), dynamic=2, **how)
+    upper, guards = rows_and_guards(made)
+    assert [decision.op for decision in made.decisions] == ["activation_spmm"]
+    assert sum("sums_of_share" in s for s in made.code.splitlines()) > 0
+    assert upper <= 8
+    assert not any("65535" in guard for guard in guards)
+
+
+def test_rows_that_come_out_of_data_call_the_op() -> None:
+    def fn(z: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+        return OPS.activation_spmm(z.expand(rows.item(), 96), w, "relu")
+
+    rows = meta(1, dtype=torch.int64)
+    made = fake_cuda.generate(fn, meta(1, 96), rows, meta(96, 80), dynamic=7)
+    assert made.kernels == ()
+    assert "activation_spmm.default" in made.code
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
