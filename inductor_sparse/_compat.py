@@ -121,6 +121,14 @@ def uses_cuda_graphs() -> bool:
     return bool(config.triton.cudagraphs)
 
 
+def discards_parameters() -> bool:
+    """Whether freezing erases the parameters of the model that is being compiled."""
+    from torch._inductor import config
+
+    discards = config.freezing and config.freezing_discard_parameters
+    return bool(discards) and not torch.is_grad_enabled()
+
+
 def aot_graph_name() -> str:
     """The name Inductor's own dumps give the graph being compiled, or ``"graph"``."""
     context = torch._guards.TracingContext.try_get()

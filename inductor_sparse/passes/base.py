@@ -209,7 +209,7 @@ class Rule(abc.ABC):
         if isinstance(weight, Copy) and not _copy_pays(site, context):
             return _TRAINING_REJECTION
         product = self.rewrite(site, emit_weight(weight, site.matmul), context)
-        decision.weight_copy_bytes = copy_bytes(product)
+        decision.weight_copy_bytes = copy_bytes(product, site.matmul)
         return product
 
     def _skips_rows(self) -> bool:

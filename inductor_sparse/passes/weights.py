@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from inductor_sparse._compat import discards_parameters
 from inductor_sparse.decisions import Reason
 from inductor_sparse.passes.fx_utils import (
     CASTS,
@@ -167,12 +168,29 @@ def emit_weight(weight: Weight, before: fx.Node) -> fx.Node:
     return insert_call(before, target, weight.args)
 
 
-def copy_bytes(product: fx.Node) -> int:
-    """The memory held by weight copies that this node is the first to use."""
+def copy_bytes(product: fx.Node, replaced: fx.Node) -> int:
+    """The memory that copies of weights take which this node is the first to use.
+
+    None if freezing erases the original: ``replaced`` was the last to read that.
+    """
     target = torch.ops.inductor_sparse.row_major_weight.default
     copies = [
         tensor_of(source)
         for source in product.all_input_nodes
-        if is_call(source, {target}) and len(source.users) == 1
+        if is_call(source, {target})
+        and len(source.users) == 1
+        and not (discards_parameters() and _only_copied(source, replaced))
     ]
     return sum(copy.numel() * copy.itemsize for copy in copies if copy is not None)
+
+
+def _only_copied(copy: fx.Node, replaced: fx.Node) -> bool:
+    """Whether nothing but a copy reads its weight once a node is gone."""
+    users = set(copy.all_input_nodes[0].users) - {copy}
+    while users:
+        user = users.pop()
+        if is_call(user, _PURE_VIEWS | CASTS):
+            users.update(user.users)
+        elif user is not replaced:
+            return False
+    return True

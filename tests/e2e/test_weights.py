@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from e2e.checks import Down, compare, compile_and_compare, outcomes
 from report_models import FEATURES, FFN, HIDDEN, tokens
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import inductor_sparse
 from inductor_sparse.decisions import collect
@@ -150,6 +153,24 @@ def test_copies_die_with_their_weights() -> None:
         with torch.no_grad():
             compare(compiled, model, x)
     assert prepared_weights.nbytes() == COPY
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_frozen_weight_is_held_once_if_parameters_are_discarded(
+    discard: bool,
+) -> None:
+    prepared_weights.forget()
+    model, x = Down().eval(), torch.randn(5, HIDDEN)
+    original = StorageWeakRef(model.weight.untyped_storage())
+    settings = {"freezing": True, "freezing_discard_parameters": discard}
+    with inductor_config.patch(settings), collect() as log, torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="sparse")
+        torch.testing.assert_close(compiled(x), expected)
+    gc.collect()
+    assert outcomes(log.decisions) == ["applied"]
+    assert log.decisions[0].weight_copy_bytes == (0 if discard else COPY)
+    assert original.expired() == discard
 
 
 def test_requires_grad_weights_in_inference_mode() -> None:

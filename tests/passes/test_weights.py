@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from tracing import calls, listing, rewrite, rewrite_one, trace
 
 from inductor_sparse.decisions import Reason, Status
@@ -91,6 +92,29 @@ def test_autocast_goes_into_the_copy(stored: str) -> None:
     assert copy.args[4] is torch.bfloat16
     assert calls(gm, "convert_element_type") == []
     torch.testing.assert_close(gm(x, weight), fn(x, weight))
+
+
+def both(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(relu2(x), w) + w.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "grad", "discard", "held"),
+    [
+        (lambda x, w: F.linear(relu2(x), w), False, True, 0),
+        (lambda x, w: F.linear(relu2(x), w), False, False, K * N * 4),
+        (lambda x, w: F.linear(relu2(x), w), True, True, K * N * 4),
+        (both, False, True, K * N * 4),
+    ],
+)
+def test_a_copy_whose_original_is_erased_is_no_second_one(
+    fn: Callable[..., Tensor], grad: bool, discard: bool, held: int
+) -> None:
+    settings = {"freezing": True, "freezing_discard_parameters": discard}
+    with inductor_config.patch(settings), torch.set_grad_enabled(grad):
+        gm, decision = rewrite_one(fn, X, torch.randn(N, K))
+    assert len(calls(gm, "row_major_weight")) == 1
+    assert decision.weight_copy_bytes == held
 
 
 def test_tied_weights_share_a_copy() -> None:
