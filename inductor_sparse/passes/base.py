@@ -27,7 +27,7 @@ from inductor_sparse.passes.fx_utils import (
     source_line,
     tensor_of,
 )
-from inductor_sparse.passes.producers import Producer
+from inductor_sparse.passes.producers import Family, Producer
 from inductor_sparse.passes.quantized_ffn import (
     emit_quantized_ffn,
     emit_quantized_rows,
@@ -124,16 +124,14 @@ class GraphPass(Protocol):
 class Rule(abc.ABC):
     """Rewrites the matmuls of one kind of producer into an op that skips zeros.
 
-    ``op`` is what :meth:`rewrite` inserts; a ``gated`` rule may skip rows of a second
-    weight too.  A rule that ``packs`` also lets its sites be rewritten to the 2:4
-    format where that is better, the same way for every rule.
+    ``op`` is what :meth:`rewrite` inserts.  A rule that ``packs`` also lets its sites
+    be rewritten to the 2:4 format where that is better, the same way for every rule.
     """
 
     name: str
     tier: Tier = Tier.EXACT
     op: str = "activation_spmm"
     packs: bool = False
-    gated: bool = False
 
     @abc.abstractmethod
     def match(self, site: Site) -> Producer | None:
@@ -146,6 +144,16 @@ class Rule(abc.ABC):
         ``weight`` is the row-contiguous ``rhs``.  Bias, replacement of uses and
         clean-up are the caller's business.
         """
+
+    def forms(self, site: Site, context: PassContext) -> tuple[str, ...]:
+        """The ops that could take the place of ``site``; one of them is chosen."""
+        return (self.op,)
+
+    def rewrite_as(
+        self, op: str, site: Site, weight: fx.Node, context: PassContext
+    ) -> fx.Node:
+        """:meth:`rewrite` for a rule with several :meth:`forms`, into one of them."""
+        return self.rewrite(site, weight, context)
 
     def __call__(self, graph: fx.Graph, context: PassContext) -> None:
         """Decide every site of this rule."""
@@ -196,7 +204,9 @@ class Rule(abc.ABC):
             ffn = chosen.quantized
             decision.weight_copy_bytes = quantized_bytes(ffn.w1, ffn.w2)
             return emit_quantized_ffn(site, ffn)
-        rows = read_rows(site, decision.arch, context) if self._skips_rows() else None
+        rows = None
+        if self._skips_rows(site):
+            rows = read_rows(site, decision.arch, context)
         if rows is not None:
             decision.tier = Tier.APPROXIMATE
             name = str(rows.dtype).removeprefix("torch.")
@@ -208,13 +218,15 @@ class Rule(abc.ABC):
             return weight
         if isinstance(weight, Copy) and not _copy_pays(site, context):
             return _TRAINING_REJECTION
-        product = self.rewrite(site, emit_weight(weight, site.matmul), context)
+        row_major = emit_weight(weight, site.matmul)
+        product = self.rewrite_as(chosen.op, site, row_major, context)
         decision.weight_copy_bytes = copy_bytes(product, site.matmul)
         return product
 
-    def _skips_rows(self) -> bool:
-        """Whether its sites become a plain product, of an activation and a weight."""
-        return self.packs and not self.gated and self.op == "activation_spmm"
+    def _skips_rows(self, site: Site) -> bool:
+        """Whether a site becomes a plain product, of an activation and a weight."""
+        gated = site.producer is not None and site.producer.family is Family.GATED
+        return self.packs and not gated and self.op == "activation_spmm"
 
 
 _TRAINING_REJECTION = Rejection(

@@ -28,11 +28,12 @@ class Regime(enum.Enum):
 class Choice:
     """How a site is rewritten.
 
-    ``note`` says where the regime begins and ends, ``quantized`` how both matmuls of an
-    FFN are to run in 8 bits if they are.
+    ``note`` says where the regime begins and ends, ``op`` which of the rule's ops is to
+    skip, ``quantized`` how both matmuls of an FFN are to run in 8 bits if they are.
     """
 
     regime: Regime
     expected_gain: float
     note: str = ""
+    op: str = ""
     quantized: QuantizedFfn | None = None

@@ -16,9 +16,7 @@ from itertools import pairwise
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from inductor_sparse import profitability
 from inductor_sparse.passes.base import PassContext, Rule
 from inductor_sparse.passes.emit import direct_input, emit_activation_spmm, replay_views
 from inductor_sparse.passes.fx_utils import (
@@ -53,7 +51,6 @@ class GatedMatmul(Rule):
 
     name = "gated_matmul"
     packs = True
-    gated = True
 
     def match(self, site: Site) -> Producer | None:
         """The producer if it is a gated product."""
@@ -61,11 +58,24 @@ class GatedMatmul(Rule):
         is_mine = producer is not None and producer.family is Family.GATED
         return producer if is_mine else None
 
+    def forms(self, site: Site, context: PassContext) -> tuple[str, ...]:
+        """``activation_spmm``, and ``glu_spmm`` where all of its parts are at hand."""
+        if _read_glu(site, context) is None:
+            return (self.op,)
+        return ("glu_spmm", self.op)
+
     def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
-        """Insert ``glu_spmm`` where all of its parts are at hand, else the product."""
+        """Insert ``activation_spmm`` of the gated product."""
+        return emit_activation_spmm(site, weight)
+
+    def rewrite_as(
+        self, op: str, site: Site, weight: fx.Node, context: PassContext
+    ) -> fx.Node:
+        """Insert ``glu_spmm``, or :meth:`rewrite`."""
+        if op != "glu_spmm":
+            return self.rewrite(site, weight, context)
         glu = _read_glu(site, context)
-        if glu is None:
-            return emit_activation_spmm(site, weight)
+        assert glu is not None
         gate = replay_views(glu.gate_views, glu.gate, site.matmul)
         w_up = emit_weight(glu.w_up_FD, site.matmul)
         target = torch.ops.inductor_sparse.glu_spmm.default
@@ -83,7 +93,6 @@ def _read_glu(site: Site, context: PassContext) -> _Glu | None:
         or producer.gate is None
         or producer.up is None
         or site.matmul.target not in (aten.mm.default, aten.addmm.default)
-        or not _is_for_a_few(site.sizes[0])
         or kernel_obstacle(
             ("glu_spmm",), site.dtype, context.architecture(device), context
         )
@@ -99,17 +108,6 @@ def _read_glu(site: Site, context: PassContext) -> _Glu | None:
     if w_up_FD is None:
         return None
     return _Glu(activation, gate, [*views, *gate_views], x_MD, w_up_FD)
-
-
-def _is_for_a_few(M: int | torch.SymInt) -> bool:
-    """Whether glu_spmm pays; for a symbolic M only if it is known to be small enough.
-
-    On a GPU it is: the regime has put a guard on it.
-    """
-    if isinstance(M, int):
-        return profitability.glu_pays(M)
-    most = profitability.GLU_MAX_TOKENS
-    return bool(statically_known_true(M > 0) and statically_known_true(most >= M))
 
 
 def _up_projection(

@@ -30,6 +30,9 @@ from inductor_sparse.profitability import cuda, has_kernel
 if TYPE_CHECKING:
     from inductor_sparse.passes.base import PassContext, Rule
 
+_GATED = "glu_spmm"
+"""The form that skips rows of an up projection as well."""
+
 Obstacles = dict[Regime, Rejection | None]
 """The regimes that the options allow, each with what else is in its way."""
 
@@ -120,7 +123,8 @@ def choose_on_gpu(
     packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
-    return choose(site, decision, obstacles, packing, context, gated=rule.gated)
+    forms = rule.forms(site, context)
+    return choose(site, decision, obstacles, packing, context, forms)
 
 
 def choose(
@@ -129,11 +133,14 @@ def choose(
     obstacles: Obstacles,
     packing: Packing,
     context: PassContext,
-    *,
-    gated: bool = False,
+    forms: tuple[str, ...] = (),
 ) -> Choice | Rejection:
-    """The regime for the number of tokens of a site among those without obstacle."""
+    """The regime for the number of tokens of a site among those without obstacle.
+
+    ``forms`` are the ops that may skip.
+    """
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
+    gated = _GATED in forms
     limits = Limits(
         *_skip_up_to(site, decision, context, gated)
         if Regime.SKIP in obstacles
@@ -148,11 +155,11 @@ def choose(
             gated=gated,
             graphs=context.cuda_graphs,
         )
-        return Choice(Regime.SKIP, gain, str(limits))
+        return Choice(Regime.SKIP, gain, str(limits), _GATED if gated else forms[0])
     forced = context.option("activation_format") == "2:4"
     if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):
-        gain = packing.gain(M, K, N)
-        choice = Choice(Regime.PACK, gain, f"{limits}{packing.note}", packing.quantized)
+        gain, ffn = packing.gain(M, K, N), packing.quantized
+        choice = Choice(Regime.PACK, gain, f"{limits}{packing.note}", quantized=ffn)
         return loses_too_much(decision, context) or choice
     return _refusal(obstacles, limits, M)
 

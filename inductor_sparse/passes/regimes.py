@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
 from inductor_sparse import profitability
 from inductor_sparse._compat import size_hint
 from inductor_sparse.decisions import Decision, Reason
@@ -54,6 +56,7 @@ def _choose_on_cpu(
             Reason.NO_KERNEL_YET,
             f"{rule.op} has no {site.dtype} kernel for {site.device} yet",
         )
+    op = _form(rule, site, context)
     tokens, density = size_hint(site.sizes[0]), decision.density
     break_even = profitability.break_even_density(tokens, site.dtype)
     if density is not None and density > break_even:
@@ -63,4 +66,16 @@ def _choose_on_cpu(
             f"{site.dtype} skipping zeros wins below {break_even:.3g}",
         )
     gain = profitability.expected_gain(tokens, density, site.dtype)
-    return Choice(Regime.SKIP, gain)
+    return Choice(Regime.SKIP, gain, op=op)
+
+
+def _form(rule: Rule, site: Site, context: PassContext) -> str:
+    """The op that skips: without the up projection only for a few tokens."""
+    M = site.sizes[0]
+    if isinstance(M, int):
+        few = profitability.glu_pays(M)
+    else:
+        most = profitability.GLU_MAX_TOKENS
+        few = statically_known_true(M > 0) and statically_known_true(most >= M)
+    forms = rule.forms(site, context)
+    return next(op for op in forms if few or op != "glu_spmm")
