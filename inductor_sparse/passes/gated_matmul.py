@@ -2,7 +2,8 @@
 
 - ``mm(act(g) * mm(x, w_up.T), w) -> glu_spmm(g, x, w_up, w, act)`` for a few tokens:
   only the active neurons of the up projection are computed
-- ``mm(act(g) * up, w) -> activation_spmm(act(g) * up, w, "identity")`` otherwise
+- ``mm(act(g) * up, w) -> activation_spmm(act(g) * up, w, "identity")`` otherwise, and
+  on a GPU from the number of tokens on at which that saves more
 
 with ``act`` ReLU or ReLU².
 

@@ -10,6 +10,7 @@ Shape legend: M tokens, K reduction, N output features.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from inductor_sparse._compat import decide, size_hint
@@ -123,7 +124,7 @@ def choose_on_gpu(
     packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
-    forms = rule.forms(site, context)
+    forms = rule.forms(site, context) if Regime.SKIP in obstacles else ()
     return choose(site, decision, obstacles, packing, context, forms)
 
 
@@ -140,22 +141,23 @@ def choose(
     ``forms`` are the ops that may skip.
     """
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
-    gated = _GATED in forms
+    steps, expected_up_to = _steps(site, decision, context, forms)
     limits = Limits(
-        *_skip_up_to(site, decision, context, gated)
-        if Regime.SKIP in obstacles
-        else (0, 0),
+        _last(steps),
+        expected_up_to,
         packing.min_tokens(K, N) if _may_pack(obstacles, packing, decision) else None,
         context.cuda_graphs,
         frozenset(obstacles),
     )
-    if _free(obstacles, Regime.SKIP) and decide(site.sizes[0] <= limits.skip_up_to):
-        gain = cuda.decode_gain(
-            *(M, K, N, site.dtype, decision.density),
-            gated=gated,
-            graphs=context.cuda_graphs,
-        )
-        return Choice(Regime.SKIP, gain, str(limits), _GATED if gated else forms[0])
+    for step in steps if _free(obstacles, Regime.SKIP) else ():
+        if decide(site.sizes[0] <= step.up_to):
+            gain = cuda.decode_gain(
+                *(M, K, N, site.dtype, decision.density),
+                gated=step.gated,
+                graphs=context.cuda_graphs,
+            )
+            op = next(op for op in forms if (op == _GATED) == step.gated)
+            return Choice(Regime.SKIP, gain, str(limits), op)
     forced = context.option("activation_format") == "2:4"
     if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):
         gain, ffn = packing.gain(M, K, N), packing.quantized
@@ -164,21 +166,28 @@ def choose(
     return _refusal(obstacles, limits, M)
 
 
-def _skip_up_to(
-    site: Site, decision: Decision, context: PassContext, gated: bool
-) -> tuple[int, int]:
-    """Up to how many tokens a site may skip, and would but for what was observed."""
+def _steps(
+    site: Site, decision: Decision, context: PassContext, forms: tuple[str, ...]
+) -> tuple[tuple[cuda.DecodeStep, ...], int]:
+    """How a site may skip, and up to how many tokens but for what was observed."""
     _, K, N = (size_hint(size) or 0 for size in site.sizes)
-    expected = cuda.decode_max_tokens(
+    steps = functools.partial(
+        cuda.decode_steps,
         *(K, N, site.dtype, decision.density),
-        gated=gated,
+        forms=tuple(op == _GATED for op in forms),
         graphs=context.cuda_graphs,
         observed=context.can_demote(decision.arch, site.dtype),
     )
-    demoted_from = context.demoted_from(decision.site)
+    ends, demoted_from = cuda.DECODE_TOKENS, context.demoted_from(decision.site)
+    expected = steps(ends=ends)
     if demoted_from is None:
-        return expected, expected
-    return min(expected, cuda.decode_tokens_below(demoted_from)), expected
+        return expected, _last(expected)
+    left = tuple(end for end in ends if end < demoted_from)
+    return steps(ends=left), _last(expected)
+
+
+def _last(steps: tuple[cuda.DecodeStep, ...]) -> int:
+    return steps[-1].up_to if steps else 0
 
 
 def _may_pack(obstacles: Obstacles, packing: Packing, decision: Decision) -> bool:

@@ -95,8 +95,14 @@ class _DecodeCost:
 
     def gain(self, union: float) -> float:
         """Dense time / time of skipping, if tokens need that fraction of neurons."""
-        skipping_us = self.fixed_us + self.weight_us * union
-        return self.dense_us / max(skipping_us, self.host_us)
+        return self.dense_us / self._skipping_us(union)
+
+    def saved_us(self, union: float) -> float:
+        """Dense time less that of skipping; negative where skipping loses."""
+        return self.dense_us - self._skipping_us(union)
+
+    def _skipping_us(self, union: float) -> float:
+        return max(self.fixed_us + self.weight_us * union, self.host_us)
 
     def break_even(self) -> float:
         """The fraction of neurons above which skipping loses; 0 if it always does."""
@@ -193,9 +199,58 @@ def decode_max_tokens(
     return max((M for M in DECODE_TOKENS if wins(M)), default=0)
 
 
-def decode_tokens_below(tokens: int) -> int:
-    """The last number of :data:`DECODE_TOKENS` below another one; 0 if none is."""
-    return max((most for most in DECODE_TOKENS if most < tokens), default=0)
+@dataclasses.dataclass(frozen=True)
+class DecodeStep:
+    """Up to how many tokens a form is the best: whether it skips two weights' rows."""
+
+    up_to: int
+    gated: bool
+
+
+def decode_steps(
+    K: int,
+    N: int,
+    dtype: str,
+    density: float | None,
+    *,
+    forms: tuple[bool, ...] = (False,),
+    graphs: bool = True,
+    observed: bool = False,
+    ends: tuple[int, ...] = DECODE_TOKENS,
+) -> tuple[DecodeStep, ...]:
+    """Which form of skipping wins up to how many tokens, fewest first.
+
+    Args:
+        forms: the possible ones: ``False`` skips rows of one weight, ``True`` those of
+            an up projection as well.
+        ends: where a step may end.
+
+    The other arguments are those of :func:`decode_max_tokens`, whose limits hold for
+    each form.  Where several forms win, the one that saves most time does: the dense
+    up projection counts where it is not skipped.
+    """
+    shape, known = (K, N, dtype), ASSUMED_DENSITY if density is None else density
+    limits = {
+        gated: decode_max_tokens(
+            *shape, density, gated=gated, graphs=graphs, observed=observed
+        )
+        for gated in forms
+    }
+
+    def saved_us(M: int, gated: bool) -> float:
+        cost = _decode_cost(M, *shape, gated, graphs)
+        return cost.saved_us(union_density(known, M))
+
+    steps: list[DecodeStep] = []
+    for up_to in ends:
+        winning = [gated for gated, limit in limits.items() if up_to <= limit]
+        if not winning:
+            break
+        best = max(winning, key=lambda gated: saved_us(up_to, gated))
+        if steps and steps[-1].gated == best:
+            steps.pop()
+        steps.append(DecodeStep(up_to, best))
+    return tuple(steps)
 
 
 def _dense_us(M: int, K: int, N: int, dtype: str) -> float:
