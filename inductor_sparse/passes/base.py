@@ -59,7 +59,9 @@ class PassContext:
     parameters or buffers, ``untracked_inputs`` those whose changes cannot be noticed.
     ``demoted`` maps sites that were too dense at run time to the number of tokens from
     which on they must not skip; it is None if none could be compiled again.
-    ``architecture`` tells what the kernels of a device are looked up by.
+    ``packed_from`` is the number of tokens from which on the first site is packed, once
+    that is decided and if it is symbolic: others follow it.  ``architecture`` tells
+    what the kernels of a device are looked up by.
     """
 
     options: Mapping[str, Any]
@@ -69,6 +71,7 @@ class PassContext:
     untracked_inputs: frozenset[str] = frozenset()
     plan: Plan | None = None
     demoted: Mapping[str, int] | None = None
+    packed_from: int | None = None
     observers: list[Observer] = dataclasses.field(default_factory=list)
     architecture: Callable[[torch.device], str] = profitability.architecture
 

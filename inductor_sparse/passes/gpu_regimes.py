@@ -2,7 +2,8 @@
 
 Between the two the site stays dense.  A symbolic number of tokens is compared with the
 limits under a guard: a graph for prompts and one for single tokens are compiled from
-the same weights.
+the same weights.  Each guard is one of the whole graph, and Dynamo compiles only so
+many: however different its layers are, a graph has three such limits at most.
 
 Shape legend: M tokens, K reduction, N output features.
 """
@@ -85,7 +86,7 @@ class Limits:
 
     Without what was observed at run time the first would have ended at
     ``expected_up_to``.  ``regimes`` are those that the options allow, and whose limits
-    are told.
+    are told.  Those of a ``symbolic`` number of tokens are narrower.
     """
 
     skip_up_to: int
@@ -93,6 +94,7 @@ class Limits:
     pack_from: int | None
     graphs: bool
     regimes: frozenset[Regime]
+    symbolic: bool = False
 
     def __str__(self) -> str:
         skip = f"up to {self.skip_up_to} tokens" if self.skip_up_to else "never"
@@ -103,7 +105,8 @@ class Limits:
         }
         limits = ", ".join(told[regime] for regime in told if regime in self.regimes)
         launched = "" if self.graphs else ", without CUDA graphs,"
-        return f"for this shape{launched} {limits}"
+        which = "a symbolic number of tokens" if self.symbolic else "this shape"
+        return f"for {which}{launched} {limits}"
 
 
 def choose_on_gpu(
@@ -142,12 +145,14 @@ def choose(
     """
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
     steps, expected_up_to = _steps(site, decision, context, forms)
+    may_pack = _may_pack(obstacles, packing, decision)
     limits = Limits(
         _last(steps),
         expected_up_to,
-        packing.min_tokens(K, N) if _may_pack(obstacles, packing, decision) else None,
+        _pack_from(site, packing, context) if may_pack else None,
         context.cuda_graphs,
         frozenset(obstacles),
+        _is_symbolic(site),
     )
     for step in steps if _free(obstacles, Regime.SKIP) else ():
         if decide(site.sizes[0] <= step.up_to):
@@ -178,7 +183,8 @@ def _steps(
         graphs=context.cuda_graphs,
         observed=context.can_demote(decision.arch, site.dtype),
     )
-    ends, demoted_from = cuda.DECODE_TOKENS, context.demoted_from(decision.site)
+    ends = cuda.SYMBOLIC_DECODE_TOKENS if _is_symbolic(site) else cuda.DECODE_TOKENS
+    demoted_from = context.demoted_from(decision.site)
     expected = steps(ends=ends)
     if demoted_from is None:
         return expected, _last(expected)
@@ -186,8 +192,32 @@ def _steps(
     return steps(ends=left), _last(expected)
 
 
+def _is_symbolic(site: Site) -> bool:
+    """Whether the number of tokens may be another one in the next call."""
+    return not isinstance(site.sizes[0], int)
+
+
 def _last(steps: tuple[cuda.DecodeStep, ...]) -> int:
     return steps[-1].up_to if steps else 0
+
+
+def _pack_from(site: Site, packing: Packing, context: PassContext) -> int | None:
+    """From how many tokens on 2:4 wins; None for never."""
+    _, K, N = (size_hint(size) or 0 for size in site.sizes)
+    begin = packing.min_tokens(K, N)
+    return common_start(begin, context) if _is_symbolic(site) else begin
+
+
+def common_start(begin: int | None, context: PassContext) -> int | None:
+    """Where a site may be packed from whose number of tokens is symbolic.
+
+    The first site of a graph decides for those that win no later; all others are packed
+    from where every site wins that ever does.
+    """
+    if begin is None:
+        return None
+    first = context.packed_from = context.packed_from or begin
+    return first if begin <= first else cuda.PREFILL_TOKENS[-1]
 
 
 def _may_pack(obstacles: Obstacles, packing: Packing, decision: Decision) -> bool:

@@ -28,11 +28,16 @@ whose last round of tiles leaves the GPU half empty; where the number of tokens 
 any, few of them are such, and the other margin holds."""
 
 DECODE_TOKENS = (1, 2, 4, GLU_MAX_TOKENS)
-"""Numbers of tokens that end a decode regime: few, so that graphs with a symbolic
-number of tokens are compiled for few cases."""
+"""Numbers of tokens that end a decode regime."""
 
 PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192)
-"""Numbers of tokens at which a prefill regime begins, for the same reason."""
+"""Numbers of tokens at which a prefill regime begins."""
+
+SYMBOLIC_DECODE_TOKENS = (4,)
+"""Where the number of tokens is symbolic all sites of a graph that skip do so up to
+here.  Each limit is a guard of the whole graph, and Dynamo compiles no more than
+``recompile_limit`` of them, 8 by default.  It cannot be two tokens: a symbolic size is
+2 or more, so the guard would make it a constant, which ``mark_dynamic`` forbids."""
 
 PREFILL_MIN_SIZE = 1024
 """A K or N below this leaves the tensor cores waiting for memory and for launches."""

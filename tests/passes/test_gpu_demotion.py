@@ -40,7 +40,7 @@ def _cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "prefill_min_tokens", lambda *_, **__: MANY)
     monkeypatch.setattr(cuda, "prefill_gain", lambda *_, **__: 2.0)
     # Half of the neurons of a random model are active for one token, most for four.
-    limits = {1: 0.8, 2: 0.9, 4: 0.7}
+    limits = {1: 0.8, 2: 0.9, 3: 0.7, 4: 0.7}
     monkeypatch.setattr(cuda, "break_even_union", lambda M, *_, **__: limits[M])
     adaptation.reset()
     yield
@@ -129,8 +129,8 @@ def test_a_symbolic_number_of_tokens() -> None:
     torch.manual_seed(0)
     compiled = torch.compile(FFN().bfloat16(), backend=backend, dynamic=True)
     with collect() as log:
-        for M in (4, 3, 2, 100):
+        for M in (3, 4, 2, 100):
             for _ in range(3 * FIRST_LOOK):
                 compiled(torch.randn(M, 32, dtype=torch.bfloat16))
     found = [outcome for _, outcome in outcomes(log.decisions)]
-    assert found == ["activation_spmm", "too-dense", "activation_spmm", "sparse24_mm"]
+    assert found == ["activation_spmm", "too-dense", "sparse24_mm"]

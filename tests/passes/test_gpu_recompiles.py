@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tracing import Compiled, compile_eagerly
 
+from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.passes import gpu_regimes, joint_pass, regimes
 from inductor_sparse.passes.base import PassContext
 
@@ -97,3 +98,56 @@ def test_both_regimes_use_the_same_weights() -> None:
                 assert error < 0.1 * expected.norm()
             for layer in model.down:
                 layer.weight.mul_(-1)
+
+
+LIMITS = [(0, None), (1, 8192), (2, 512), (4, 1024), (8, 2048), (8, 4096)]
+"""Of layers as unlike as they can be: where skipping ends, and where packing begins."""
+
+
+class Unlike(nn.Module):
+    """Layers of unlike widths, of which a test says where their regimes end."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        hidden = [8 * (2 + i) for i in order]
+        self.up = nn.ModuleList(nn.Linear(8, size) for size in hidden)
+        self.down = nn.ModuleList(nn.Linear(size, 8) for size in hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(F.relu(up(x)) ** 2)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("first", "order"), [(1, [0, 1, 2, 3, 4, 5]), (3000, [5, 4, 2, 3, 1, 0])]
+)
+def test_unlike_layers_need_no_more_graphs_than_dynamo_compiles(
+    first: int, order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = gpu_regimes.cuda
+    ends = {8 * (2 + i): limits for i, limits in enumerate(LIMITS)}
+    monkeypatch.setattr(cuda, "PREFILL_TOKENS", (512, 1024, 2048, 4096, 8192))
+    monkeypatch.setattr(cuda, "decode_max_tokens", lambda K, *_, **__: ends[K][0])
+    monkeypatch.setattr(cuda, "prefill_min_tokens", lambda K, *_, **__: ends[K][1])
+    compiled = compile_eagerly(Unlike(order).bfloat16())
+    edges = [M for pair in LIMITS for M in pair if M]
+    counts = {M + step for M in edges for step in (-1, 0, 1)} | {64, 16384}
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for M in (first, *sorted(counts - {0})):
+            with torch.no_grad():
+                compiled(torch.zeros(M, 8, dtype=torch.bfloat16))
+    assert len(compiled.passes) <= 6 < torch._dynamo.config.recompile_limit
+    for decision in compiled.decisions:
+        symbolic = isinstance(decision.shapes["M"], str)
+        assert ("symbolic number" in decision.detail) == symbolic
+
+
+def test_layers_that_begin_later_than_the_first_begin_last() -> None:
+    record = GraphDecisions("test")
+    context = PassContext({}, record)
+    begin = functools.partial(gpu_regimes.common_start, context=context)
+    assert [begin(M) for M in (1024, None, 512, 2048, 1024)] == [
+        *(1024, None, 1024),
+        *(gpu_regimes.cuda.PREFILL_TOKENS[-1], 1024),
+    ]
