@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inductor_sparse import decisions
 from inductor_sparse.bench.intervals import median
+from inductor_sparse.bench.variants import SETTINGS, compiling
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron-tiny": ("Nemotron", {"hidden_size": 128, "intermediate_size": 1024}),
@@ -165,6 +166,8 @@ class Generator:
         self.sites: dict[str, list[decisions.Decision]] = {"prefill": [], "decode": []}
 
     @torch.no_grad()
+    # The decisions on a graph out of a cache stayed with the process that compiled it.
+    @compiling(SETTINGS[0])
     def __call__(self) -> list[int]:
         """Return the tokens that follow the prompt."""
         if hasattr(self.cache, "reset"):
