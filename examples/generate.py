@@ -1,10 +1,11 @@
 """Generate text with the dense and with the sparse backend, on a CPU or a GPU.
 
-``python examples/generate.py`` takes the model of this folder, ``--config opt-tiny`` or
-``nemotron-tiny`` random weights in the shapes of a ``transformers`` family, ``--model
-facebook/opt-125m`` a pretrained one.  Exits with 1 if no site was found, or if an exact
-sparse model writes another text than the dense one.  A GPU needs wider models than
-``tiny`` to gain: there the table of sites says ``not-profitable``.
+``python examples/generate.py`` takes the model of this folder, ``--config`` random
+weights in the shapes of a ``transformers`` family: one of a few names, or the folder or
+JSON file of a configuration; ``--model facebook/opt-125m`` a pretrained one, or a
+folder with one.  Exits with 1 if no site was found, or if an exact sparse model writes
+another text than the dense one.  A GPU needs wider models than ``tiny`` to gain: there
+the table of sites says ``not-profitable``.
 """
 
 from __future__ import annotations
@@ -13,26 +14,49 @@ import argparse
 import sys
 
 import torch
-from generation import TINY, WARMUP, Generator, load
+from generation import (
+    TINY,
+    WARMUP,
+    BadConfigError,
+    Generator,
+    TooLongError,
+    load,
+)
 
+from inductor_sparse.bench.arguments import positive
 from inductor_sparse.bench.display import print_table
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
-def parse(arguments: tuple[str, ...]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    which, add = parser.add_mutually_exclusive_group(), parser.add_argument
+def at_least_two(text: str) -> int:
+    """Read a number of new tokens: the prompt gives one, and decoding the others."""
+    if (count := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{count} new token needs no decoding: 2 do")
+    return count
+
+
+def parser() -> argparse.ArgumentParser:
+    """What reads the command line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    which, add = made.add_mutually_exclusive_group(), made.add_argument
     which.add_argument("--model", help="a pretrained model of transformers")
-    which.add_argument("--config", choices=list(TINY), help="random weights instead")
+    which.add_argument(
+        "--config",
+        metavar="NAME|PATH",
+        help=f"random weights instead: {', '.join(TINY)}, or a configuration's file",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=list(DTYPES), default="float32")
-    add("--prompt", type=int, default=256, help="tokens of the prompt")
-    add("--new", type=int, default=64, help="tokens to generate, 2 or more")
-    add("--repeats", type=int, default=5, help="timed generations")
+    add("--prompt", type=positive, default=256, help="tokens of the prompt")
+    add("--new", type=at_least_two, default=64, help="tokens to generate, 2 or more")
+    add("--repeats", type=positive, default=5, help="timed generations")
     add("--exact", action="store_true", help="never the 2:4 format")
-    return parser.parse_args(arguments)
+    return made
 
 
 def print_speed(dense: Generator, sparse: Generator) -> None:
@@ -47,9 +71,12 @@ def print_speed(dense: Generator, sparse: Generator) -> None:
 
 def main(*arguments: str) -> int:
     """Generate, print what happened, and return the exit code."""
-    given = parse(arguments)
+    given = parser().parse_args(arguments)
     sizes = given.prompt, given.new
-    lm = load(given.model, given.config, *sizes, given.device, DTYPES[given.dtype])
+    try:
+        lm = load(given.model, given.config, *sizes, given.device, DTYPES[given.dtype])
+    except (BadConfigError, TooLongError) as error:
+        parser().error(str(error))
     graphs = {"triton.cudagraphs": given.device == "cuda"}
     own = {"sparse.activation_format": "exact" if given.exact else "auto"}
     dense = Generator(lm, "inductor", given.new, graphs)

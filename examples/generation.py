@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from random_weights import make_sparse
 from relu2_lm import load_model, tokens
 from stdlib_text import heldout_bytes
 from torch import Tensor, nn
@@ -31,6 +33,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "opt-tiny": ("OPT", {"hidden_size": 128, "ffn_dim": 1024}),
+    "llama-relu": (  # gated
+        "Llama",
+        {"hidden_size": 128, "intermediate_size": 1024, "hidden_act": "relu"},
+    ),
 }
 """Random weights in the shapes of a family: architecture, and what is not default."""
 WARMUP = 2
@@ -38,8 +44,16 @@ WARMUP = 2
 SMALL = {
     "vocab_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "word_embed_proj_dim": 128, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0, "mlp_bias": True,
+    "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+
+
+class BadConfigError(ValueError):
+    """There is no such configuration."""
+
+
+class TooLongError(ValueError):
+    """A text has more tokens than a model has positions."""
 
 
 @dataclasses.dataclass
@@ -56,9 +70,10 @@ class LM:
     prompt_BT: Tensor
 
 
-def shipped(prompt: int, device: str, dtype: torch.dtype) -> LM:
+def shipped(prompt: int, new: int, device: str, dtype: torch.dtype) -> LM:
     """The model of this folder, on text it was not trained on."""
     model = load_model(dtype=dtype).to(device)
+    check_positions(model.config, prompt, new)
 
     def new_cache() -> Any:
         cache = model.new_cache()
@@ -70,20 +85,17 @@ def shipped(prompt: int, device: str, dtype: torch.dtype) -> LM:
     return LM("relu2_lm", model, new_cache, prompt_BT)
 
 
-def from_transformers(
-    model: nn.Module, name: str, prompt_BT: Tensor, new: int, dtype: torch.dtype
-) -> LM:
+def from_transformers(model: nn.Module, name: str, prompt_BT: Tensor, new: int) -> LM:
     """A causal model of ``transformers`` with a static cache."""
     from transformers import StaticCache
 
-    config: Any = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
-
+    @torch.no_grad()
     def new_cache() -> Any:
-        cache = StaticCache(config=config, max_cache_len=prompt_BT.shape[1] + new)
-        cache.early_initialization(1, heads, width, dtype, prompt_BT.device)
+        cache = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + new)
+        # The first call of each layer makes its part, in the sizes of that layer: the
+        # configuration does not say them alike in all families.
+        model(prompt_BT[:, :1], past_key_values=cache, use_cache=True)
+        cache.reset()
         return cache
 
     def step(tokens_BT: Tensor, cache: Any, position: Tensor) -> Tensor:
@@ -99,44 +111,30 @@ def from_transformers(
     return LM(name, step, new_cache, prompt_BT)
 
 
-@torch.no_grad()
-def make_sparse(model: nn.Module, prompt_BT: Tensor) -> None:
-    """Choose biases that leave a tenth of the activations positive, as training would.
-
-    Random weights alone leave a half.
-    """
-
-    def shift(module: nn.Module, _: Any, z: Tensor) -> Tensor:
-        surplus = z.flatten()[:: max(1, z.numel() // 100_000)].quantile(0.9)
-        module.bias -= surplus
-        return z - surplus
-
-    hooks = [
-        module.register_forward_hook(shift)
-        for name, module in model.named_modules()
-        if name.endswith(("up_proj", "fc1"))
-    ]
-    model(prompt_BT)
-    for hook in hooks:
-        hook.remove()
-
-
 def load(
     name: str | None, config: str | None, prompt: int, new: int, device: str, dtype: Any
 ) -> LM:
-    """The shipped model, one of :data:`TINY`, or a pretrained one by its name."""
+    """The shipped model, random weights of a configuration, or a pretrained model.
+
+    ``config`` is one of :data:`TINY`, or a folder or JSON file of ``transformers``;
+    ``name`` is what ``from_pretrained`` takes.
+
+    Raises:
+        BadConfigError: there is no such configuration.
+        TooLongError: the model has fewer positions than prompt and new tokens.
+    """
     if name is None and config is None:
-        return shipped(prompt, device, dtype)
+        return shipped(prompt, new, device, dtype)
     import transformers
 
     torch.manual_seed(0)
     if name is None:
-        family, sizes = TINY[config or ""]
-        given = {**SMALL, "max_position_embeddings": prompt + new, **sizes}
-        made = getattr(transformers, f"{family}Config")(**given)
-        model = transformers.AutoModelForCausalLM.from_config(made)
+        made = configuration(config or "", prompt + new)
+        check_positions(made, prompt, new)
+        model = transformers.AutoModelForCausalLM.from_config(made).float()
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(name)
+        check_positions(model.config, prompt, new)
     model = model.to(device).eval().requires_grad_(False)
     prompt_BT = torch.randint(3, model.config.vocab_size, (1, prompt)).to(device)
     if name is None:
@@ -145,8 +143,37 @@ def load(
         read = transformers.AutoTokenizer.from_pretrained(name)
         text = heldout_bytes()[: 8 * prompt].decode(errors="replace")
         prompt_BT = read(text, return_tensors="pt").input_ids[:, :prompt].to(device)
-    model = model.to(dtype)
-    return from_transformers(model, name or config or "", prompt_BT, new, dtype)
+    return from_transformers(model.to(dtype), name or config or "", prompt_BT, new)
+
+
+def configuration(name: str, positions: int) -> Any:
+    """One of :data:`TINY` for texts of ``positions`` tokens, or one out of a file.
+
+    Raises:
+        BadConfigError: it is neither.
+    """
+    import transformers
+
+    if name in TINY:
+        family, sizes = TINY[name]
+        given = {**SMALL, "max_position_embeddings": positions, **sizes}
+        return getattr(transformers, f"{family}Config")(**given)
+    if not Path(name).exists():
+        known = ", ".join(TINY)
+        raise BadConfigError(f"{name!r} is none of {known}, and no folder or file")
+    return transformers.AutoConfig.from_pretrained(name)
+
+
+def check_positions(config: Any, prompt: int, new: int) -> None:
+    """Raise :class:`TooLongError` unless a text of so many tokens fits into a model."""
+    # Not every family has such a limit, and ours calls it by another name.
+    names = ("max_position_embeddings", "context")
+    limit = next((x for n in names if (x := getattr(config, n, None))), None)
+    if limit is not None and prompt + new > limit:
+        raise TooLongError(
+            f"{prompt} tokens of the prompt and {new} new ones are more than the "
+            f"{limit} positions of the model"
+        )
 
 
 class Generator:

@@ -121,7 +121,7 @@ def test_exit_code(
     )
     monkeypatch.setattr(FakeGenerator, "sites", sites)
     monkeypatch.setattr(generate, "Generator", FakeGenerator)
-    assert generate.main("--device", "cpu") == code
+    assert generate.main(*QUICK) == code
     printed = capsys.readouterr().out
     assert ("DIFFERENT at 1" in printed) == (sparse[1] == 5)
     assert ("ffn.down  sparse24_mm  -" in printed) == bool(sites)
@@ -139,3 +139,41 @@ def test_eager_generation_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
             text.append(int(lm.step(torch.tensor([text]))[0, -1].argmax()))
     assert first == again == text[8:]
     assert [len(times) for times in generator.seconds.values()] == [2, 2]
+
+
+@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--new", "1"), "argument --new: 1 new token needs no decoding: 2 do"),
+        (("--new", "0"), "argument --new: '0' is not a whole number above 0"),
+        (("--repeats", "0"), "argument --repeats: '0' is not a whole number above 0"),
+        (("--prompt", "0"), "argument --prompt: '0' is not a whole number above 0"),
+        (
+            ("--prompt", "61", "--new", "4"),
+            "61 tokens of the prompt and 4 new ones are more than the 64 positions "
+            "of the model",
+        ),
+        (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_what_cannot_be_generated_is_an_error(
+    arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        generate.main("--device", "cpu", *arguments)
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_text_may_fill_the_model(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"inductor": [1], "sparse": [1]}
+    monkeypatch.setattr(FakeGenerator, "texts", texts)
+    monkeypatch.setattr(generate, "Generator", FakeGenerator)
+    argv = ("--device", "cpu", "--prompt", "60", "--new", "4", "--dtype", dtype)
+    assert generate.main(*argv) == 0
+    assert f"relu2_lm, {dtype}, cpu, prompt of 60 tokens" in capsys.readouterr().out
