@@ -98,7 +98,7 @@ def _with_kernel(decision: Decision, used: KernelUse) -> Decision:
     dense, sparse = used.dense_peak, used.sparse_peak
     return dataclasses.replace(
         decision,
-        kernel=used.kernel,
+        kernel=str(used),
         tflops=used.tflops,
         of_dense_peak=None if dense is None else used.tflops / dense,
         of_sparse_peak=None if sparse is None else used.tflops / sparse,

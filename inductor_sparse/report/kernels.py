@@ -32,6 +32,7 @@ _HEAD_START_CYCLES = 2_000_000
 class KernelUse:
     """A product on a GPU: its kernel and tile, its rate, and the rates of the device.
 
+    ``packed_by`` is the op that packs its left operand, empty if that is not known.
     ``dense_peak`` and ``sparse_peak`` are None for a device whose peak is not known.
     """
 
@@ -39,14 +40,22 @@ class KernelUse:
     tflops: float
     dense_peak: float | None = None
     sparse_peak: float | None = None
+    packed_by: str = ""
+
+    def __str__(self) -> str:
+        """Both kernels, as in ``sparsify24, sparse24_mm_bf16 128x256``."""
+        return ", ".join(name for name in (self.packed_by, self.kernel) if name)
 
 
-def measure(compute: Callable[[], Any], args: tuple[Any, ...]) -> KernelUse:
+def measure(
+    compute: Callable[[], Any], args: tuple[Any, ...], packed_by: str = ""
+) -> KernelUse:
     """Time a ``sparse24_mm`` on a GPU that was just run once.
 
     Args:
         compute: runs it again.
         args: those of the op.
+        packed_by: the op that packed its left operand.
     """
     values, _, w = args[:3]
     device = torch.cuda.get_device_properties(values.device)
@@ -60,6 +69,7 @@ def measure(compute: Callable[[], Any], args: tuple[Any, ...]) -> KernelUse:
         tflops=2 * M * N * K / _seconds(compute) / 1e12,
         dense_peak=dense,
         sparse_peak=None if dense is None else 2 * dense,
+        packed_by=packed_by,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from inductor_sparse import reference
 from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseShapeError
+from inductor_sparse.passes.fx_utils import op_name
 from inductor_sparse.passes.sites import SITE_KEY
 from inductor_sparse.report import kernels
 from inductor_sparse.report.kernels import KernelUse
@@ -151,7 +152,7 @@ class MeasuringInterpreter(fx.Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             stats = self._measured.stats.setdefault(n.meta[SITE_KEY], SiteStats())
             again = super().run_node
-            stats.kernel = kernels.measure(lambda: again(n), args)
+            stats.kernel = kernels.measure(lambda: again(n), args, packed_by(n))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Compute one op; a weight is viewed, so that a report leaves no copies."""
@@ -169,6 +170,12 @@ def packer(product: fx.Node) -> fx.Node | None:
     values = product.args[0]
     packed = values.args[0] if isinstance(values, fx.Node) and values.args else None
     return packed if isinstance(packed, fx.Node) and packed.target in _PACKERS else None
+
+
+def packed_by(product: fx.Node) -> str:
+    """The name of the op that selects for a ``sparse24_mm``; empty if not known."""
+    node = packer(product)
+    return "" if node is None else op_name(node)
 
 
 def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:

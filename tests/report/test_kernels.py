@@ -21,6 +21,7 @@ from inductor_sparse.report.measure import (
     MeasuredGraph,
     MeasuringInterpreter,
     SiteStats,
+    packed_by,
 )
 
 ops = torch.ops.inductor_sparse
@@ -39,6 +40,14 @@ PACKED = Decision(
     expected_gain=1.3,
     arch="sm_90",
 )
+
+
+PACKED_BY = {
+    "packed": "sparsify24",
+    "quantized": "sparsify24_quantized",
+    "linear": "linear_sparsify24",
+    "both": "linear_sparsify24_quantized",
+}
 
 
 def measured(gm: fx.GraphModule, *args: torch.Tensor) -> dict[str, SiteStats]:
@@ -75,6 +84,8 @@ def test_a_packed_site_is_measured_before_packing(kind: str) -> None:
 
     gm = make_fx(product)(x, w, w1)
     stats = measured(gm, x, w, w1)["0"]
+    (product,) = gm.graph.find_nodes(op="call_function", target=ops.sparse24_mm.default)
+    assert packed_by(product) == PACKED_BY[kind]
     activation = reference.activation(x, "relu2")
     assert stats.density == activation.count_nonzero().item() / activation.numel()
     assert stats.dropped_energy == pytest.approx(
@@ -138,6 +149,11 @@ def test_a_decision_says_how_near_the_peak_it_comes() -> None:
         "ffn.py:3, relu_squared_matmul (approximate), sparse24_mm_bf16 128x256: "
         "1131 TFLOP/s, 113 % of the dense and 57 % of the sparse peak"
     )
+
+
+def test_a_decision_names_both_kernels() -> None:
+    decision = explained(KernelUse("cusparselt", 99.6, packed_by="sparsify24"))
+    assert table.row(decision).note.endswith("sparsify24, cusparselt: 100 TFLOP/s")
 
 
 def test_a_device_without_a_known_peak() -> None:
