@@ -91,7 +91,10 @@ def tuned_sparsify24_quantized(
     values = _empty(_values_shape(M, K), dtype, x)
     metadata = _empty(_metadata_shape(M, K), torch.int32, x)
     columns = _known(K)
-    plan = sparsify24_cuda.row_plan(columns)
+    constants = sparsify24_cuda.activation_constants(activation, select)
+    plan = sparsify24_cuda.row_plan(
+        columns, x.get_dtype(), constants["ORDER"], energy=energy is not None
+    )
     row_scale = _run(
         QUANTIZED_TEMPLATE,
         ir.FixedLayout(x.get_device(), torch.float32, [M]),
@@ -103,7 +106,7 @@ def tuned_sparsify24_quantized(
         WHOLE=plan.whole,
         BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
-        **sparsify24_cuda.activation_constants(activation, select),
+        **constants,
     )
     return values, metadata, row_scale
 

@@ -70,6 +70,32 @@ def test_one_kernel_without_spills(
         assert "div.rn.f32" in kernel.ptx and "div.full" not in kernel.ptx
 
 
+WAYS = (("relu2", "largest"), ("identity", "largest"), ("identity", "largest_abs"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way", "columns"),
+    [
+        *((dtype, way, 28672) for dtype in sparsify24_cuda.DTYPES for way in WAYS),
+        # Even rows, which are loaded without a mask, take other registers.
+        (torch.float16, WAYS[1], 32768),
+        (torch.float32, WAYS[2], 32768),
+        *((dtype, WAYS[1], 16384) for dtype in (BF16, torch.float32)),
+        *((dtype, WAYS[1], 4096) for dtype in (BF16, torch.float32)),
+        (torch.float32, WAYS[1], 40000),
+        (BF16, WAYS[2], 40000),
+    ],
+    ids=str,
+)
+def test_summing_energies_spills_nothing(
+    dtype: torch.dtype, way: tuple[str, str], columns: int, tmp_path: Path
+) -> None:
+    x = empty(512, columns, dtype=dtype)
+    made = generate(packing(E4M3, way, energy=True), x, dynamic=512)
+    (kernel,) = compile_triton(made, tmp_path).values()
+    assert kernel.local == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quantized", [None, E4M3], ids=str)
 def test_other_dtypes(
@@ -131,7 +157,7 @@ def test_rows_that_fit_are_read_once() -> None:
         called = made.code.split("def triton_")[1].split("@triton.jit")[0]
         assert ("sparsify24_whole_row(" in called) == whole
         assert ("sparsify24_split_row(" in called) != whole
-    assert not sparsify24_cuda.row_plan(None).whole
+    assert not sparsify24_cuda.row_plan(None, BF16, 0, energy=False).whole
 
 
 def test_energies_are_added_where_the_runtime_keeps_them() -> None:
