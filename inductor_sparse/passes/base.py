@@ -27,12 +27,11 @@ from inductor_sparse.passes.fx_utils import (
     source_line,
     tensor_of,
 )
-from inductor_sparse.passes.producers import Family, Producer
+from inductor_sparse.passes.producers import Producer
 from inductor_sparse.passes.quantized_ffn import (
     emit_quantized_ffn,
     emit_quantized_rows,
     quantized_bytes,
-    read_rows,
 )
 from inductor_sparse.passes.regimes import choose
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
@@ -207,15 +206,10 @@ class Rule(abc.ABC):
             ffn = chosen.quantized
             decision.weight_copy_bytes = quantized_bytes(ffn.w1, ffn.w2)
             return emit_quantized_ffn(site, ffn)
-        rows = None
-        if self._skips_rows(site):
-            rows = read_rows(site, decision.arch, context)
-        if rows is not None:
+        if chosen.rows is not None:
             decision.tier = Tier.APPROXIMATE
-            name = str(rows.dtype).removeprefix("torch.")
-            decision.detail += f"; rows of the weight in {name}, each with a scale"
-            decision.weight_copy_bytes = quantized_bytes(rows)
-            return emit_quantized_rows(site, rows)
+            decision.weight_copy_bytes = quantized_bytes(chosen.rows)
+            return emit_quantized_rows(site, chosen.rows)
         weight = resolve_weight(site.rhs, context)
         if isinstance(weight, Rejection):
             return weight
@@ -225,11 +219,6 @@ class Rule(abc.ABC):
         product = self.rewrite_as(chosen.op, site, row_major, context)
         decision.weight_copy_bytes = copy_bytes(product, site.matmul)
         return product
-
-    def _skips_rows(self, site: Site) -> bool:
-        """Whether a site becomes a plain product, of an activation and a weight."""
-        gated = site.producer is not None and site.producer.family is Family.GATED
-        return self.packs and not gated and self.op == "activation_spmm"
 
 
 _TRAINING_REJECTION = Rejection(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from inductor_sparse.passes.quantized_ffn import QuantizedFfn
+    from inductor_sparse.passes.weights import Copy
 
 
 OBSERVED_TOO_DENSE = (
@@ -29,11 +30,13 @@ class Choice:
     """How a site is rewritten.
 
     ``note`` says where the regime begins and ends, ``op`` which of the rule's ops is to
-    skip, ``quantized`` how both matmuls of an FFN are to run in 8 bits if they are.
+    skip, ``rows`` the weight if its rows are read in 8 bits, ``quantized`` how both
+    matmuls of an FFN are to run in 8 bits if they are.
     """
 
     regime: Regime
     expected_gain: float
     note: str = ""
     op: str = ""
+    rows: Copy | None = None
     quantized: QuantizedFfn | None = None

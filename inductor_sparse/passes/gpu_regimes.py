@@ -11,7 +11,6 @@ Shape legend: M tokens, K reduction, N output features.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 from inductor_sparse._compat import decide, size_hint
@@ -25,15 +24,19 @@ from inductor_sparse.passes.gpu_obstacles import (
     replaces_activation,
     wrapper_obstacle,
 )
+from inductor_sparse.passes.gpu_skipping import (
+    NOT_SKIPPING,
+    Skipping,
+    is_symbolic,
+    last,
+    read_skipping,
+)
 from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
 from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.profitability import cuda, has_kernel
 
 if TYPE_CHECKING:
     from inductor_sparse.passes.base import PassContext, Rule
-
-_GATED = "glu_spmm"
-"""The form that skips rows of an up projection as well."""
 
 Obstacles = dict[Regime, Rejection | None]
 """The regimes that the options allow, each with what else is in its way."""
@@ -127,8 +130,10 @@ def choose_on_gpu(
     packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
-    forms = rule.forms(site, context) if Regime.SKIP in obstacles else ()
-    return choose(site, decision, obstacles, packing, context, forms)
+    skipping = NOT_SKIPPING
+    if Regime.SKIP in obstacles:
+        skipping = read_skipping(rule, site, decision, context)
+    return choose(site, decision, obstacles, packing, context, skipping)
 
 
 def choose(
@@ -137,32 +142,29 @@ def choose(
     obstacles: Obstacles,
     packing: Packing,
     context: PassContext,
-    forms: tuple[str, ...] = (),
+    skipping: Skipping = NOT_SKIPPING,
 ) -> Choice | Rejection:
-    """The regime for the number of tokens of a site among those without obstacle.
-
-    ``forms`` are the ops that may skip.
-    """
+    """The regime for the number of tokens of a site among those without obstacle."""
     M, K, N = (size_hint(size) or 0 for size in site.sizes)
-    steps, expected_up_to = _steps(site, decision, context, forms)
+    steps, expected_up_to = skipping.steps(site, decision, context)
     may_pack = _may_pack(obstacles, packing, decision)
     limits = Limits(
-        _last(steps),
+        last(steps),
         expected_up_to,
         _pack_from(site, packing, context) if may_pack else None,
         context.cuda_graphs,
         frozenset(obstacles),
-        _is_symbolic(site),
+        is_symbolic(site),
     )
     for step in steps if _free(obstacles, Regime.SKIP) else ():
         if decide(site.sizes[0] <= step.up_to):
-            gain = cuda.decode_gain(
-                *(M, K, N, site.dtype, decision.density),
-                gated=step.gated,
-                graphs=context.cuda_graphs,
+            return Choice(
+                Regime.SKIP,
+                skipping.gain(site, decision, context, step),
+                f"{limits}{skipping.note}",
+                op=skipping.op(step),
+                rows=skipping.rows,
             )
-            op = next(op for op in forms if (op == _GATED) == step.gated)
-            return Choice(Regime.SKIP, gain, str(limits), op)
     forced = context.option("activation_format") == "2:4"
     if _free(obstacles, Regime.PACK) and (forced or _pack_pays(site, packing, limits)):
         gain, ffn = packing.gain(M, K, N), packing.quantized
@@ -171,41 +173,11 @@ def choose(
     return _refusal(obstacles, limits, M)
 
 
-def _steps(
-    site: Site, decision: Decision, context: PassContext, forms: tuple[str, ...]
-) -> tuple[tuple[cuda.DecodeStep, ...], int]:
-    """How a site may skip, and up to how many tokens but for what was observed."""
-    _, K, N = (size_hint(size) or 0 for size in site.sizes)
-    steps = functools.partial(
-        cuda.decode_steps,
-        *(K, N, site.dtype, decision.density),
-        forms=tuple(op == _GATED for op in forms),
-        graphs=context.cuda_graphs,
-        observed=context.can_demote(decision.arch, site.dtype),
-    )
-    ends = cuda.SYMBOLIC_DECODE_TOKENS if _is_symbolic(site) else cuda.DECODE_TOKENS
-    demoted_from = context.demoted_from(decision.site)
-    expected = steps(ends=ends)
-    if demoted_from is None:
-        return expected, _last(expected)
-    left = tuple(end for end in ends if end < demoted_from)
-    return steps(ends=left), _last(expected)
-
-
-def _is_symbolic(site: Site) -> bool:
-    """Whether the number of tokens may be another one in the next call."""
-    return not isinstance(site.sizes[0], int)
-
-
-def _last(steps: tuple[cuda.DecodeStep, ...]) -> int:
-    return steps[-1].up_to if steps else 0
-
-
 def _pack_from(site: Site, packing: Packing, context: PassContext) -> int | None:
     """From how many tokens on 2:4 wins; None for never."""
     _, K, N = (size_hint(size) or 0 for size in site.sizes)
     begin = packing.min_tokens(K, N)
-    return common_start(begin, context) if _is_symbolic(site) else begin
+    return common_start(begin, context) if is_symbolic(site) else begin
 
 
 def common_start(begin: int | None, context: PassContext) -> int | None:

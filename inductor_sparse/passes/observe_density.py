@@ -89,9 +89,11 @@ def _limits(
     if not context.can_demote(context.architecture(z.device), dtype):
         return None
     M, K, N = (size_hint(size) or 0 for size in (z.shape[-2], *w.shape[-2:]))
-    # Rows of 8 bits are judged as if they had 16: how long they take is not measured.
     break_even = profitability.cuda.break_even_union(
-        M, K, N, dtype, gated=gated, graphs=context.cuda_graphs
+        *(M, K, N, dtype),
+        gated=gated,
+        graphs=context.cuda_graphs,
+        read_dtype=str(w.dtype).removeprefix("torch."),
     )
     return (round(break_even, 3), M) if break_even < 1 else None
 

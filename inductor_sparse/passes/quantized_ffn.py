@@ -253,21 +253,25 @@ def quantized_bytes(*windows: Copy | None) -> int:
     return sum(rows * columns + 4 * rows for rows, columns in sizes)
 
 
-def read_rows(site: Site, arch: str, context: PassContext) -> Copy | None:
+def read_rows(site: Site, arch: str, context: PassContext) -> Copy | str:
     """The window ``[K, N]`` whose rows a site that skips zeros may read in 8 bits.
 
-    None if that was not asked for, or cannot or must not be done: the rows are read as
-    they are then.
+    Or why they are read as they are, although ``sparse.quantize`` asks for 8 bits.
     """
-    dtype = DTYPES.get(str(context.option("quantize")))
-    if dtype is None or site.dtype == "float32" or context.is_training:
-        return None
+    dtype = DTYPES[str(context.option("quantize"))]
+    if site.dtype == "float32":
+        return "only those of a bfloat16 or float16 weight are"
+    if site.producer is not None and site.producer.family is Family.GATED:
+        return "only those of a plain ReLU or ReLU² FFN are"
+    if context.is_training:
+        return "the graph has a backward"
     name = str(dtype).removeprefix("torch.")
-    if kernel_obstacle(("activation_spmm",), name, arch, context) is not None:
-        return None
+    obstacle = kernel_obstacle(("activation_spmm",), name, arch, context)
+    if obstacle is not None:
+        return obstacle.detail
     found = static_window(site.rhs, context)
-    if isinstance(found, Rejection) or len(found.size) != 2:
-        return None
+    if isinstance(found, Rejection):
+        return found.detail
     return dataclasses.replace(found, dtype=dtype)
 
 

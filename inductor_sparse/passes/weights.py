@@ -57,6 +57,11 @@ class Copy:
     dtype: torch.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype, as in ``"bfloat16"``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def args(self) -> tuple[object, ...]:
         """The arguments of the ``row_major_weight`` op."""
         return (

@@ -88,12 +88,12 @@ def union_density(density: float, M: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _DecodeCost:
-    """Microseconds for M tokens: all of the weight, what skipping takes besides, dense.
+    """Microseconds for M tokens: all of the rows, what skipping takes besides, dense.
 
     ``host_us`` is the least that skipping takes, 0 under CUDA graphs.
     """
 
-    weight_us: float
+    rows_us: float
     fixed_us: float
     dense_us: float
     host_us: float
@@ -107,17 +107,17 @@ class _DecodeCost:
         return self.dense_us - self._skipping_us(union)
 
     def _skipping_us(self, union: float) -> float:
-        return max(self.fixed_us + self.weight_us * union, self.host_us)
+        return max(self.fixed_us + self.rows_us * union, self.host_us)
 
     def break_even(self) -> float:
         """The fraction of neurons above which skipping loses; 0 if it always does."""
         if self.host_us > self.dense_us:
             return 0.0
-        return max(0.0, (self.dense_us - self.fixed_us) / self.weight_us)
+        return max(0.0, (self.dense_us - self.fixed_us) / self.rows_us)
 
 
 def _decode_cost(
-    M: int, K: int, N: int, dtype: str, gated: bool, graphs: bool
+    M: int, K: int, N: int, dtype: str, gated: bool, graphs: bool, read_dtype: str
 ) -> _DecodeCost:
     weights = 2 if gated else 1
     weight_us = weights * K * N * _ITEMSIZE[dtype] / _READ_BYTES_PER_US
@@ -128,7 +128,8 @@ def _decode_cost(
     if not graphs:
         dense_us = max(dense_us, weights * _DENSE_HOST_US)
         host_us = weights * _SKIPPING_HOST_US
-    return _DecodeCost(weight_us, fixed_us + activation_us, dense_us, host_us)
+    rows_us = weight_us * _ITEMSIZE[read_dtype or dtype] / _ITEMSIZE[dtype]
+    return _DecodeCost(rows_us, fixed_us + activation_us, dense_us, host_us)
 
 
 def decode_gain(
@@ -140,6 +141,7 @@ def decode_gain(
     *,
     gated: bool = False,
     graphs: bool = True,
+    read_dtype: str = "",
 ) -> float:
     """Expected dense time / time of skipping, for M tokens that read one weight.
 
@@ -151,9 +153,10 @@ def decode_gain(
         density: fraction of non-zeros, None if no plan has measured it.
         gated: whether rows of an up projection of the same size are skipped as well.
         graphs: whether kernels are launched by CUDA graphs.
+        read_dtype: in which rows are read that are not skipped; empty for the same.
     """
     known = ASSUMED_DENSITY if density is None else density
-    cost = _decode_cost(M, K, N, dtype, gated, graphs)
+    cost = _decode_cost(M, K, N, dtype, gated, graphs, read_dtype)
     return round(cost.gain(union_density(known, M)), 2)
 
 
@@ -165,13 +168,14 @@ def break_even_union(
     *,
     gated: bool = False,
     graphs: bool = True,
+    read_dtype: str = "",
 ) -> float:
     """The fraction of neurons that M tokens may need together before skipping loses.
 
     0 if it always does, 1 or more if it never does; arguments as for
     :func:`decode_gain`.
     """
-    return _decode_cost(M, K, N, dtype, gated, graphs).break_even()
+    return _decode_cost(M, K, N, dtype, gated, graphs, read_dtype).break_even()
 
 
 def decode_max_tokens(
@@ -183,6 +187,7 @@ def decode_max_tokens(
     gated: bool = False,
     graphs: bool = True,
     observed: bool = False,
+    read_dtype: str = "",
 ) -> int:
     """Up to how many tokens skipping is expected to win; 0 if never.
 
@@ -191,7 +196,8 @@ def decode_max_tokens(
     """
 
     def gain(M: int, at: float | None) -> float:
-        return decode_gain(M, K, N, dtype, at, gated=gated, graphs=graphs)
+        how = {"gated": gated, "graphs": graphs}
+        return decode_gain(M, K, N, dtype, at, **how, read_dtype=read_dtype)
 
     def is_safe(M: int) -> bool:
         least = UNTRAINED_ONE_TOKEN if M == 1 else MARGIN
@@ -221,6 +227,7 @@ def decode_steps(
     forms: tuple[bool, ...] = (False,),
     graphs: bool = True,
     observed: bool = False,
+    read_dtype: str = "",
     ends: tuple[int, ...] = DECODE_TOKENS,
 ) -> tuple[DecodeStep, ...]:
     """Which form of skipping wins up to how many tokens, fewest first.
@@ -237,13 +244,17 @@ def decode_steps(
     shape, known = (K, N, dtype), ASSUMED_DENSITY if density is None else density
     limits = {
         gated: decode_max_tokens(
-            *shape, density, gated=gated, graphs=graphs, observed=observed
+            *(*shape, density),
+            gated=gated,
+            graphs=graphs,
+            observed=observed,
+            read_dtype=read_dtype,
         )
         for gated in forms
     }
 
     def saved_us(M: int, gated: bool) -> float:
-        cost = _decode_cost(M, *shape, gated, graphs)
+        cost = _decode_cost(M, *shape, gated, graphs, read_dtype)
         return cost.saved_us(union_density(known, M))
 
     steps: list[DecodeStep] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
 from inductor_sparse.decisions import Decision, Status, Tier
+from inductor_sparse.passes import relu_squared_matmul
+from inductor_sparse.profitability import cuda
 
 D, H, N = 4096, 16384, 4096
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -212,7 +215,12 @@ def test_a_few_tokens_skip_zeros_in_16_bits() -> None:
     gm, decision = run(sizes=ONE_TOKEN, options={"cuda_graphs": True})
     assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
     assert calls(gm, "quantized_weight") == []
-    assert "each with a scale" not in decision.detail
+    assert decision.detail.endswith(
+        "; rows not quantized: the float8_e4m3fn kernel of activation_spmm never ran "
+        "on sm_90; sparse.allow_unverified lets it"
+    )
+    _, decision = run(sizes=ONE_TOKEN, quantize="none", options={"cuda_graphs": True})
+    assert "rows" not in decision.detail
 
 
 UNVERIFIED = {"cuda_graphs": True, "allow_unverified": True}
@@ -237,21 +245,71 @@ def test_rows_in_8_bits_are_unverified(quantize: str, dtype: torch.dtype) -> Non
     assert calls(gm, "row_major_weight") == []
 
 
+def computed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.relu(F.linear(x, up)) @ (down.view(H, N) * 2)
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("how", "why"),
     [
-        {"fn": gated},
-        {"dtype": torch.float32},
-        {"is_training": True},
-        {"architecture": lambda device: "sm_80"},  # no e4m3 there
-        {"static": []},
+        ({"fn": gated}, "only those of a plain ReLU or ReLU² FFN are"),
+        (
+            {"dtype": torch.float32},
+            "only those of a bfloat16 or float16 weight are",
+        ),
+        ({"is_training": True}, "the graph has a backward"),
+        (
+            {"architecture": lambda device: "sm_80"},
+            "activation_spmm has no float8_e4m3fn kernel for sm_80 yet",
+        ),
+        (
+            {"fn": computed},
+            "the weight is not stored row after row and cannot be copied once: it is "
+            "computed, or passed in as an argument",
+        ),
     ],
     ids=["gated", "float32", "training", "architecture", "computed"],
 )
-def test_rows_that_stay_as_they_are(how: dict[str, Any]) -> None:
+def test_rows_that_stay_as_they_are(how: dict[str, Any], why: str) -> None:
     gm, decision = run(sizes=ONE_TOKEN, options=UNVERIFIED, **how)
     assert calls(gm, "quantized_weight") == []
-    assert decision.tier is Tier.EXACT
+    assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
+    assert decision.detail.endswith(f"; rows not quantized: {why}")
+
+
+def test_a_rule_that_knows_no_8_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relu_squared_matmul.RULE, "packs", False)
+    gm, decision = run(sizes=ONE_TOKEN, options=UNVERIFIED)
+    assert calls(gm, "quantized_weight") == []
+    assert decision.detail.endswith(
+        "; rows not quantized: relu_squared_matmul does not know them"
+    )
+
+
+def test_rows_of_8_bits_take_half_of_the_time() -> None:
+    sizes = ((1, 1, 2048), (8192, 2048), (2048, 8192))
+    found = {}
+    for quantize in ("none", "int8"):
+        _, decision = run(biased, quantize, sizes=sizes, options=UNVERIFIED)
+        found[quantize] = decision.expected_gain
+    cost = functools.partial(cuda.decode_gain, 1, 8192, 2048, "bfloat16", None)
+    assert found == {"none": cost(), "int8": cost(read_dtype="int8")}
+    assert cost(read_dtype="int8") > cost()
+    # All rows of a large weight: the dense product reads twice as many bytes.
+    large = functools.partial(cuda.decode_gain, 1, 2**18, 2**14, "bfloat16", 1.0)
+    assert large() == pytest.approx(1, abs=0.02)
+    assert large(read_dtype="int8") == pytest.approx(2, abs=0.02)
+
+
+def test_rows_of_8_bits_move_the_limits() -> None:
+    sizes = ((8, D), (H, D), (N, H))
+    plain, halved = (
+        run(biased, how, sizes=sizes, options=UNVERIFIED)[1] for how in ("none", "int8")
+    )
+    limit = functools.partial(cuda.decode_max_tokens, H, N, "bfloat16", None)
+    assert (limit(), limit(read_dtype="int8")) == (2, 8)
+    assert (plain.op, halved.op) == ("", "activation_spmm")
+    assert "skipping zeros wins up to 8 tokens" in halved.detail
 
 
 def test_a_cpu_has_nothing_to_do_with_it() -> None:
