@@ -200,14 +200,15 @@ def interpreter(folder: Path) -> Iterator[Interpreter]:
         yield made
 
 
-def compile_for_amd(folder: Path, tokens: int) -> dict[str, str]:
-    """The assembly of each kernel for gfx942, in bfloat16."""
+def compile_for_amd(folder: Path, tokens: int, arch: str) -> dict[str, str]:
+    """The assembly of each kernel for a GPU of AMD such as gfx942, in bfloat16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = kernels(folder, tokens, tokens >= activation_spmm_cuda.DOT_TOKENS)
-    target = GPUTarget("hip", "gfx942", 64)
+    threads = 64 if arch.startswith("gfx9") else 32
+    target = GPUTarget("hip", arch, threads)
     made = {}
     for kernel_name, constants in _amd_constants(tokens).items():
         kernel = getattr(module, kernel_name)

@@ -25,9 +25,11 @@ Capability = tuple[int, int]
 # shared bytes of a multiprocessor, bytes of L2 cache.
 _DEVICES: dict[Capability, tuple[str, int, int, int, int, int]] = {
     (8, 0): ("NVIDIA A100-SXM4-80GB", 108, 2048, 166912, 167936, 40 << 20),
+    (8, 6): ("NVIDIA A10", 72, 1536, 101376, 102400, 6 << 20),
     (8, 9): ("NVIDIA L40S", 142, 1536, 101376, 102400, 96 << 20),
     (9, 0): ("NVIDIA H100 80GB HBM3", 132, 2048, 232448, 233472, 50 << 20),
     (10, 0): ("NVIDIA B200", 148, 2048, 232448, 233472, 126 << 20),
+    (12, 0): ("NVIDIA GeForce RTX 5090", 170, 1536, 101376, 102400, 96 << 20),
 }
 
 

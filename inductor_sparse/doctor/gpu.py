@@ -118,7 +118,7 @@ def check_kernels() -> Outcome:
     said, lacking = [], False
     for arch in found:
         ran = kernels.KERNELS.get(arch, {})
-        untried = kernels.UNVERIFIED_KERNELS.get(arch, {})
+        untried = kernels.unverified_kernels(arch)
         verified = [what for op, what in WHAT_IT_IS_FOR.items() if op in ran]
         compiled = [what for op, what in WHAT_IT_IS_FOR.items() if op in untried]
         lacking = lacking or len(verified) < len(WHAT_IT_IS_FOR)

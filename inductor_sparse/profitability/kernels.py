@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 _WIDE = frozenset({"float32", "bfloat16", "float16"})
@@ -24,26 +26,31 @@ KERNELS: dict[str, dict[str, frozenset[str]]] = {
 # Of sparse24_mm one form stores a transposed result; a dtype is that of the operands.
 # A kernel for site_counters: those that skip count the neurons that they read.
 _DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE, "site_counters": _WIDE}
-_PACKED = {**_DECODE, "sparsify24": _HALF, "sparse24_mm": _HALF}
-# Of activation_spmm an 8-bit dtype is that of the rows of the weight.
-_INT8_ROWS = {**_PACKED, "activation_spmm": _WIDE | {"int8"}}
-_BYTE_ROWS = {**_PACKED, "activation_spmm": _WIDE | _BYTE}
+_PACKED = {"sparsify24": _HALF, "sparse24_mm": _HALF}
 
 UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
-    "sm_80": _INT8_ROWS,
-    "sm_86": _INT8_ROWS,
-    "sm_89": _BYTE_ROWS,
+    "sm_80": _PACKED,
+    "sm_86": _PACKED,
+    "sm_89": _PACKED,
     "sm_90": {
-        "activation_spmm": _BYTE,
-        "site_counters": _WIDE,
         "linear_sparsify24_quantized": frozenset({"float8_e4m3fn"}),
         "sparse24_mm_transposed": _HALF | _BYTE,
     },
-    "sm_100": _BYTE_ROWS,
-    "sm_120": _DECODE,
+    "sm_100": _PACKED,
     "gfx942": _PACKED,
 }
-"""The same for kernels that should run on an architecture and never did."""
+"""The same for kernels that should run on an architecture and never did; those of
+:func:`unverified_kernels` that are told by a rule are not in it."""
+
+_TRITON_FROM = 80
+"""The compute capability from which on Triton supports GPUs of NVIDIA."""
+
+_E4M3_FROM = 89
+"""That from which on Triton converts e4m3."""
+
+_CDNA = re.compile(r"gfx9(08|0a|4[0-2]|50)")
+"""GPUs of AMD with matrix cores that the kernels are compiled for without spilling.
+On RDNA (gfx10 to gfx12) those for three tokens and more spill their registers."""
 
 ROUTES: dict[str, str] = {
     "sm_90": "own",
@@ -81,12 +88,37 @@ def has_kernel(arch: str, op: str, dtype: str, *, unverified: bool = False) -> b
         dtype: as in ``"bfloat16"``.
         unverified: whether one that never ran there counts.
     """
-    tables = (KERNELS, UNVERIFIED_KERNELS) if unverified else (KERNELS,)
-    return any(
-        dtype in table.get(arch, {}).get(op, frozenset[str]()) for table in tables
-    )
+    if dtype in KERNELS.get(arch, {}).get(op, frozenset[str]()):
+        return True
+    return unverified and dtype in unverified_kernels(arch).get(op, frozenset[str]())
 
 
 def knows(arch: str, op: str) -> bool:
     """Whether ``op`` has a kernel for an architecture in any dtype, tried or not."""
-    return any(op in table.get(arch, {}) for table in (KERNELS, UNVERIFIED_KERNELS))
+    return op in KERNELS.get(arch, {}) or op in unverified_kernels(arch)
+
+
+def unverified_kernels(arch: str) -> dict[str, frozenset[str]]:
+    """Op -> dtypes of the kernels that should run on an architecture and never did.
+
+    Those for a few tokens are plain Triton: they are expected to run on every GPU of
+    NVIDIA that it supports, and on those of AMD with matrix cores.  An 8-bit dtype of
+    ``activation_spmm`` is that of the rows of the weight.
+    """
+    ran, found = KERNELS.get(arch, {}), {}
+    for op, dtypes in {**UNVERIFIED_KERNELS.get(arch, {}), **_of_triton(arch)}.items():
+        untried = dtypes - ran.get(op, frozenset())
+        if untried:
+            found[op] = untried
+    return found
+
+
+def _of_triton(arch: str) -> dict[str, frozenset[str]]:
+    if _CDNA.fullmatch(arch):
+        return _DECODE
+    nvidia = re.fullmatch(r"sm_(\d+)", arch)
+    capability = int(nvidia[1]) if nvidia else 0
+    if capability < _TRITON_FROM:
+        return {}
+    rows = _BYTE if capability >= _E4M3_FROM else frozenset({"int8"})
+    return {**_DECODE, "activation_spmm": _WIDE | rows}

@@ -127,6 +127,7 @@ COMPILED = [((9, 0), M, INT8, dtype) for M in (1, 2, 4, 8) for dtype in (BF16, F
 COMPILED += [((9, 0), M, E4M3, dtype) for M in (1, 8) for dtype in (FP16, FP32)]
 COMPILED += [((8, 0), M, INT8, BF16) for M in (1, 4)]
 COMPILED += [((8, 9), M, E4M3, BF16) for M in (1, 4)]
+COMPILED += [((8, 6), 4, INT8, BF16), ((12, 0), 4, E4M3, BF16)]
 
 
 @pytest.mark.parametrize(("capability", "M", "dtype", "z_dtype"), COMPILED)

@@ -154,7 +154,8 @@ def test_rows_that_come_out_of_data_call_the_op() -> None:
 
 BF16, FP32 = torch.bfloat16, torch.float32
 COMPILED = [((9, 0), M, dtype) for M in (1, 2, 4, 8) for dtype in (BF16, FP32)]
-COMPILED += [(capability, 4, BF16) for capability in ((8, 0), (8, 9), (10, 0))]
+OTHERS = (8, 0), (8, 6), (8, 9), (10, 0), (12, 0)
+COMPILED += [(capability, 4, BF16) for capability in OTHERS]
 
 
 @pytest.mark.parametrize(("capability", "M", "dtype"), COMPILED)
@@ -171,12 +172,15 @@ def test_nothing_is_spilled(
     assert not spilled
 
 
-@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize(
+    ("arch", "M"),
+    [("gfx942", 1), ("gfx90a", 4), ("gfx942", 4), ("gfx950", 4)],
+)
 def test_an_amd_gpu_is_compiled_for(
-    M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    code = decode_kernels.compile_for_amd(tmp_path, M)
+    code = decode_kernels.compile_for_amd(tmp_path, M, arch)
     assert set(code) == {"spmm", "total", "up"}
     for text in code.values():
         assert re.findall(r"vgpr_spill_count: *(\d+)", text) == ["0"]

@@ -187,6 +187,46 @@ def test_unverified_kernels_may_be_allowed(
     assert run(M=1, arch=arch, options=options)[1].op == "activation_spmm"
 
 
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("sm_80", "sm_87", "sm_103", "sm_110", "sm_120", "sm_121"),
+        *("gfx908", "gfx90a", "gfx942", "gfx950"),
+    ],
+)
+def test_a_few_tokens_are_told_by_a_rule(arch: str) -> None:
+    _, decision = run(M=1, arch=arch)
+    assert decision.reason is Reason.KERNEL_UNVERIFIED
+    assert decision.detail == (
+        f"the bfloat16 kernel of activation_spmm never ran on {arch}; "
+        "sparse.allow_unverified lets it"
+    )
+    assert run(M=1, arch=arch, options=UNVERIFIED)[1].op == "activation_spmm"
+
+
+@pytest.mark.parametrize(
+    "arch", ["sm_75", "gfx906", "gfx1030", "gfx1201", "xe_1", "cpu"]
+)
+def test_no_other_architecture_is_offered_anything(arch: str) -> None:
+    assert profitability.kernels.unverified_kernels(arch) == {}
+
+
+def test_8_bit_rows_by_architecture() -> None:
+    has = functools.partial(profitability.has_kernel, op="activation_spmm")
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_121"):
+        assert has(arch, dtype="int8", unverified=True)
+        assert not has(arch, dtype="int8")
+        newer = int(arch[3:]) >= 89
+        assert has(arch, dtype="float8_e4m3fn", unverified=True) == newer
+    assert not has("gfx942", dtype="int8", unverified=True)
+
+
+def test_what_ran_is_not_called_unverified() -> None:
+    for arch, ran in profitability.KERNELS.items():
+        untried = profitability.kernels.unverified_kernels(arch)
+        assert not any(ran[op] & untried.get(op, frozenset()) for op in ran)
+
+
 def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from inductor_sparse.passes import toolchains
 
