@@ -61,11 +61,12 @@ class Decision:
     time of this matmul expected by :mod:`inductor_sparse.profitability`;
     ``weight_copy_bytes`` is the extra memory held by a row-contiguous copy of the
     weight, 0 if none is needed; ``arch`` what kernels are looked up by: ``cpu``,
-    ``sm_90``, empty for a GPU that could not be asked.  ``kernel`` names the op that
-    packs, then the kernel of the product and its tile, ``tflops`` is the measured rate
-    of the product counted as a dense one, and ``of_dense_peak`` and ``of_sparse_peak``
-    that as fractions of the device's: all of a 2:4 site on a GPU that ``explain()`` has
-    run.
+    ``sm_90``, empty for a GPU that could not be asked.  ``cuda_graphs`` says whether
+    kernels of a GPU were expected to be launched by CUDA graphs.  ``kernel`` names the
+    op that packs, then the kernel of the product and its tile, ``tflops`` is the
+    measured rate of the product counted as a dense one, and ``of_dense_peak`` and
+    ``of_sparse_peak`` that as fractions of the device's: all of a 2:4 site on a GPU that
+    ``explain()`` has run.
     """
 
     module: str
@@ -86,6 +87,7 @@ class Decision:
     activation: str = ""
     site: str = ""
     arch: str = ""
+    cuda_graphs: bool = False
     kernel: str = ""
     tflops: float | None = None
     of_dense_peak: float | None = None

@@ -33,7 +33,7 @@ from inductor_sparse.passes.quantized_ffn import (
     emit_quantized_rows,
     quantized_bytes,
 )
-from inductor_sparse.passes.regimes import choose
+from inductor_sparse.passes.regimes import ON_GPU, choose
 from inductor_sparse.passes.sites import SITE_KEY, Rejection, Site, forward_sites
 from inductor_sparse.passes.weights import (
     Copy,
@@ -255,6 +255,7 @@ def open_decision(
         activation=producer.activation,
         site=key,
         arch=context.architecture(site.matmul.meta["val"].device),
+        cuda_graphs=site.device in ON_GPU and context.cuda_graphs,
     )
     context.graph.decisions.append(decision)
     return decision

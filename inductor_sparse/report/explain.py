@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,13 +84,11 @@ def _expected_gain(decision: Decision, stats: SiteStats) -> float | None:
         return profitability.expected_gain(tokens, stats.density, decision.dtype)
     if not isinstance(features, int) or not isinstance(outputs, int):
         return gain
-    gain_at = functools.partial(
-        profitability.cuda.decode_gain,
-        *(tokens, features, outputs, decision.dtype),
+    return profitability.cuda.decode_gain(
+        *(tokens, features, outputs, decision.dtype, stats.density),
         gated=decision.op == "glu_spmm",
+        graphs=decision.cuda_graphs,
     )
-    one_by_one = gain == gain_at(decision.density, graphs=False)
-    return gain_at(stats.density, graphs=not one_by_one)
 
 
 def _with_kernel(decision: Decision, used: KernelUse) -> Decision:

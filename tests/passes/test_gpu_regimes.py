@@ -359,6 +359,14 @@ def test_a_token_does_not_hide_what_launching_takes() -> None:
     assert gain(0.1) > gain(0.1, graphs=False) > 1
 
 
+def test_a_decision_says_whether_cuda_graphs_were_expected() -> None:
+    assert run(M=1)[1].cuda_graphs
+    with config.patch(cuda_graphs=False):
+        assert not run(M=1)[1].cuda_graphs
+        with inductor_config.patch({"triton.cudagraphs": True}):
+            assert run(M=1)[1].cuda_graphs
+
+
 def test_thresholds_are_monotonic() -> None:
     limit = profitability.cuda.decode_max_tokens
     densities = (0.02, 0.1, 0.3, 0.9)

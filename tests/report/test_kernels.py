@@ -164,7 +164,10 @@ def test_a_device_without_a_known_peak() -> None:
 
 def test_the_gain_of_few_tokens_on_a_gpu_follows_the_density() -> None:
     decode = dataclasses.replace(
-        PACKED, tier=Tier.EXACT, shapes={"M": 1, "K": 16384, "N": 4096}
+        PACKED,
+        tier=Tier.EXACT,
+        shapes={"M": 1, "K": 16384, "N": 4096},
+        cuda_graphs=True,
     )
     gains = [
         _with_stats(
@@ -191,6 +194,27 @@ def test_the_gain_of_a_gated_site_is_that_of_both_products(graphs: bool) -> None
         tier=Tier.EXACT,
         shapes={"M": 1, "K": 28672, "N": 8192},
         expected_gain=gain(None),
+        cuda_graphs=graphs,
     )
     stats = SiteStats(elements=100, nonzeros=20, tokens=1, calls=1)
     assert _with_stats(decode, stats).expected_gain == gain(0.2)
+
+
+def test_the_gain_is_that_of_the_launches_that_were_assumed() -> None:
+    # Half of this weight takes longer than any launch, a hundredth of it does not.
+    gain = functools.partial(
+        profitability.cuda.decode_gain, 1, 53248, 16384, "bfloat16"
+    )
+    assert gain(0.5) == gain(0.5, graphs=False)
+    assert gain(0.01) > gain(0.01, graphs=False)
+    decode = dataclasses.replace(
+        PACKED,
+        op="activation_spmm",
+        tier=Tier.EXACT,
+        shapes={"M": 1, "K": 53248, "N": 16384},
+        density=0.5,
+        expected_gain=gain(0.5),
+        cuda_graphs=True,
+    )
+    stats = SiteStats(elements=100, nonzeros=1, tokens=1, calls=1)
+    assert _with_stats(decode, stats).expected_gain == gain(0.01)
