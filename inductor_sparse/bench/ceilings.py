@@ -50,7 +50,8 @@ def measure(device: str, dtype: str, seconds: float = SECONDS) -> Ceilings:
 
     Args:
         device: ``cpu`` or ``cuda``.
-        dtype: of :data:`~inductor_sparse.bench.models.DTYPES`, or ``float8_e4m3fn``.
+        dtype: of :data:`~inductor_sparse.bench.models.DTYPES`, or of 8 bits:
+            ``float8_e4m3fn``, ``int8``.
         seconds: budget of each of the two.
     """
     return Ceilings(_copy(device, seconds), _matmul(device, dtype, seconds))
@@ -74,8 +75,11 @@ def _matmul(device: str, dtype: str, seconds: float) -> float:
     size = SQUARE[device]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device) for _ in "ab")
-    if dtype == "float8_e4m3fn":
-        (a, a_scale), (b, b_scale) = _fp8(a), _fp8(b)
+    if dtype == "int8":
+        (a, _), (b, _) = _narrow(a, torch.int8), _narrow(b, torch.int8)
+        calls = {"matmul": lambda _: torch._int_mm(a, b.t())}
+    elif dtype == "float8_e4m3fn":
+        (a, a_scale), (b, b_scale) = (_narrow(x, torch.float8_e4m3fn) for x in (a, b))
         calls = {"matmul": lambda _: scaled_mm(a, b, a_scale, b_scale)}
     else:
         a, b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
@@ -84,11 +88,11 @@ def _matmul(device: str, dtype: str, seconds: float) -> float:
     return 2 * size**3 / median(times["matmul"]) / 1e6
 
 
-def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Row-wise e4m3 of a matrix, and its scales."""
+def _narrow(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix in 8 bits, row by row, and its scales."""
     from inductor_sparse.bench.quantized import quantize_rows
 
-    return quantize_rows(x, torch.float8_e4m3fn)
+    return quantize_rows(x, dtype)
 
 
 def scaled_mm(

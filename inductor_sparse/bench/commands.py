@@ -32,6 +32,19 @@ SETTING_NAMES = ("default", "freezing", "max-autotune", "freezing+max-autotune")
 DATA_NAMES = ("random", "trained")
 QUANTIZE_NAMES = ("none", "fp8", "int8")
 FORMAT_NAMES = ("auto", "exact", "2:4")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "dtype": ["float32"],
+        "tokens": [1, 16, 128, 512],
+        "density": [0.05, 0.1, 0.5],
+    },
+    "cuda": {
+        "dtype": ["bfloat16"],
+        "tokens": [1, 2, 4, 8, 16, 2048, 8192],
+        "density": [0.02, 0.05, 0.1, 0.2, 0.5],
+    },
+}
+"""What a benchmark takes that was not told: where each device has its regimes."""
 
 
 def add_arguments(bench: argparse.ArgumentParser) -> None:
@@ -52,7 +65,7 @@ def _add_ffn(kinds: Any) -> None:
     """The arguments of ``bench ffn``."""
     ffn = _command(kinds, "ffn", _bench_ffn, "FFN sites against the best dense variant")
     _add_sizes(ffn, DTYPE_NAMES)
-    _add_data(ffn, [0.05, 0.1, 0.5])
+    _add_data(ffn, None)
     ffn.add_argument("--op", type=types.names(OP_NAMES), default=list(OP_NAMES))
     ffn.add_argument("--activation", choices=("relu2", "relu"), default="relu2")
     ffn.add_argument(
@@ -106,8 +119,8 @@ def _add_grid(kinds: Any) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser, densities: list[float]) -> None:
-    """Arguments on what the data look like."""
+def _add_data(parser: argparse.ArgumentParser, densities: list[float] | None) -> None:
+    """Arguments on what the data look like; ``None`` is left to the device."""
     parser.add_argument("--density", type=types.densities, default=densities)
     parser.add_argument(
         "--data",
@@ -136,7 +149,7 @@ def _add_compile(kinds: Any) -> None:
 
 def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
     """Arguments shared by the benchmarks that sweep sizes."""
-    parser.add_argument("--dtype", type=types.names(dtypes), default=["float32"])
+    parser.add_argument("--dtype", type=types.names(dtypes))
     parser.add_argument("--features", type=types.positive, default=4096)
     parser.add_argument("--hidden", type=types.positive, default=16384)
     parser.add_argument(
@@ -145,9 +158,7 @@ def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
         metavar="FEATURESxHIDDEN[,...]",
         help="several sizes at once, instead of --features and --hidden",
     )
-    parser.add_argument(
-        "--tokens", type=types.list_of(types.positive), default=[1, 16, 128, 512]
-    )
+    parser.add_argument("--tokens", type=types.list_of(types.positive))
     parser.add_argument(
         "--seconds", type=types.duration, default=10.0, help="timing budget of a row"
     )
@@ -163,6 +174,13 @@ def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
         help="add to the --json file; skip rows that it has from the same protocol",
     )
     _add_device_and_json(parser)
+
+
+def _by_device(arguments: argparse.Namespace) -> None:
+    """Fill in what the command line leaves to the device."""
+    for name, value in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name, value) is None:
+            setattr(arguments, name, value)
 
 
 def _sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
@@ -198,6 +216,7 @@ def _bench_ffn(arguments: argparse.Namespace) -> int:
     """``bench ffn``."""
     from inductor_sparse.bench import ffn, tables
 
+    _by_device(arguments)
     settings = _settings(arguments)
     kept = (row for row in _kept_rows(arguments) if ffn.tried(row, settings))
     sweep = ffn.Sweep(
@@ -232,6 +251,7 @@ def _bench_gemm(arguments: argparse.Namespace) -> int:
     """``bench gemm``."""
     from inductor_sparse.bench import gemm, tables
 
+    _by_device(arguments)
     done = {
         gemm.row_key(row)
         for row in _kept_rows(arguments)
@@ -259,6 +279,7 @@ def _bench_pack(arguments: argparse.Namespace) -> int:
     """``bench pack``."""
     from inductor_sparse.bench import pack, tables
 
+    _by_device(arguments)
     done = {pack.row_key(row) for row in _kept_rows(arguments)}
     todo = pack.cases(
         tokens=arguments.tokens,

@@ -22,7 +22,7 @@ DECODE_TOKENS = (1, 4, 2, 8, 16)
 ALL_DATA = "--data trained,random --density 0.05,0.1,0.15"
 ONE_DATA = "--data trained --density 0.1"
 DECODE_DENSITIES = "0.02,0.05,0.1,0.2,0.5"
-GEMM_DTYPES = ("bfloat16", "float8_e4m3fn")
+GEMM_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
 QUANTIZE = ("none", "fp8")
 BOTH_SETTINGS = "default,max-autotune"
 SECONDS = 0.35
@@ -35,9 +35,7 @@ def commands() -> Iterator[str]:
     for tokens in PREFILL_TOKENS[:3]:
         yield from _gemm(SIZES[0], str(tokens))
     yield from _ffn(SIZES[0], str(PREFILL_TOKENS[0]), BOTH_SETTINGS)
-    yield _decode("down", SIZES[0], 1)
-    yield _decode("ffn", SIZES[0], 1)
-    yield _decode("ffn", SIZES[0], 1, "--gated")
+    yield from _decode_ops(1, BOTH_SETTINGS)
     yield _decode("down", SIZES[0], 4)
     yield _decode("down", SIZES[1], 1)
     yield f"pack --dtype bfloat16 --size {SIZES[0]} --tokens 8192"
@@ -46,14 +44,13 @@ def commands() -> Iterator[str]:
         yield from _ffn(size, every, "default", ONE_DATA)
         yield from _gemm(size, every, f"{ONE_DATA} --quick")
     for tokens in DECODE_TOKENS:
-        yield _decode("down", SIZES[0], tokens)
-        yield _decode("ffn", SIZES[0], tokens)
-        yield _decode("ffn", SIZES[0], tokens, "--gated")
+        yield from _decode_ops(tokens, "default")
     for tokens in PREFILL_TOKENS:
         for size in SIZES:
             yield from _ffn(size, str(tokens), "default")
             yield from _gemm(size, str(tokens))
-    yield _decode("down", SIZES[0], 1, settings=BOTH_SETTINGS)
+    for tokens in DECODE_TOKENS:
+        yield from _decode_ops(tokens, BOTH_SETTINGS)
     for tokens in PREFILL_TOKENS:
         for size in SIZES:
             yield from _ffn(size, str(tokens), BOTH_SETTINGS)
@@ -104,6 +101,16 @@ def _ffn(size: str, tokens: str, settings: str, data: str = ALL_DATA) -> Iterato
     what = f"--size {size} --tokens {tokens} --settings {settings} {data}"
     for quantize in QUANTIZE:
         yield f"ffn --op ffn --no-gated --dtype bfloat16 --quantize {quantize} {what}"
+
+
+def _decode_ops(tokens: int, settings: str) -> Iterator[str]:
+    """Every op for a few tokens."""
+    for op, gated in (
+        ("down", "--no-gated"),
+        ("ffn", "--no-gated"),
+        ("ffn", "--gated"),
+    ):
+        yield _decode(op, SIZES[0], tokens, gated, settings)
 
 
 def _decode(

@@ -28,7 +28,12 @@ MARK = "°"
 _TABLE = re.compile(
     r"(<!-- table (\w+) from (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL
 )
-_TYPES = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "float32": "fp32"}
+_TYPES = {
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8",
+    "int8": "int8",
+    "float32": "fp32",
+}
 _PACKING = {
     "sparsify24": "2:4 in bf16",
     "sparsify24_energy": "the same, counting the energy",
@@ -72,10 +77,10 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def gemm_table(rows: Sequence[Row]) -> str:
     """Products: one line per shape and type, data side by side."""
     chosen = [row for row in rows if row["op"] == "gemm"]
-    order = {"bfloat16": 0, "float8_e4m3fn": 1}
+    order = list(_TYPES)
     lines = _lines(
         chosen,
-        lambda r: (order[r["dtype"]], *_size(r), r["tokens"], r["dtype"]),
+        lambda r: (order.index(r["dtype"]), *_size(r), r["tokens"], r["dtype"]),
     )
     return _table(
         lines,

@@ -27,13 +27,15 @@ Rival = Callable[[Sequence[Input]], Call]
 """Gives the call that runs a rival kernel on rotating inputs."""
 
 SCREEN_SECONDS = 0.1
+NARROW = {"fp8": "float8_e4m3fn", "int8": "int8"}
+"""The type that the matmuls of a quantized case multiply."""
 
 
 def fields(case: ModelCase, model: Model, inputs: Sequence[Tensor], row: Row) -> Row:
     """Columns of a GPU row beside its times; none for a CPU."""
     if case.device != "cuda":
         return {}
-    dtype = "float8_e4m3fn" if case.quantize == "fp8" else case.dtype
+    dtype = NARROW.get(case.quantize, case.dtype)
     ceiling = ceilings.measure(case.device, dtype)
     tokens = inputs[0].shape[0]
     if tokens > FEW_TOKENS:  # bound by arithmetic

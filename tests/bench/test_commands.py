@@ -67,6 +67,7 @@ def sweep_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> ffn.Sweep:
 def test_bench_grid_follows_op_and_gated(
     argv: list[str], kinds: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert {case.dtype for case in sweep_of(monkeypatch).cases} == {"float32"}
     sweep = sweep_of(monkeypatch, *argv, "--dtype", "float32,bfloat16")
     found = [(case.dtype, case.op, case.gated) for case in sweep.cases]
     assert found == [(d, *kind) for d in ("float32", "bfloat16") for kind in kinds]
@@ -171,6 +172,18 @@ def test_a_gpu_leaves_freezing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of(monkeypatch, "--device", "cuda")
     assert [setting.name for setting in sweep.settings] == ["default", "max-autotune"]
     assert len(sweep_of(monkeypatch).settings) == 4
+
+
+def test_a_gpu_has_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    sweep = sweep_of(monkeypatch, "--device", "cuda")
+    assert {case.dtype for case in sweep.cases} == {"bfloat16"}
+    assert sweep.densities == (0.02, 0.05, 0.1, 0.2, 0.5)
+    assert sweep.tokens == (1, 2, 4, 8, 16, 2048, 8192)
+    argv = ("--dtype", "float16", "--tokens", "3", "--density", "0.3")
+    told = sweep_of(monkeypatch, "--device", "cuda", *argv)
+    assert {case.dtype for case in told.cases} == {"float16"}
+    assert (told.tokens, told.densities) == ((3,), (0.3,))
 
 
 OPS = ("gemm", "down")  # the second row is not one of this benchmark

@@ -76,6 +76,7 @@ def test_data_of_one_product_share_a_line() -> None:
 
 def test_products_are_ordered_by_type_size_and_tokens() -> None:
     shapes = [
+        {"dtype": "int8"},
         {"dtype": "float8_e4m3fn"},
         {"features": 8192, "hidden": 28672},
         {"tokens": 16384},
@@ -90,6 +91,7 @@ def test_products_are_ordered_by_type_size_and_tokens() -> None:
         ("16384 x 16384 x 4096", "bf16"),
         ("4096 x 28672 x 8192", "bf16"),
         ("4096 x 16384 x 4096", "fp8"),
+        ("4096 x 16384 x 4096", "int8"),
     ]
 
 

@@ -70,3 +70,23 @@ def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         "ceiling_matmul_tflop_per_s": found.matmul_tflop_per_s,
     }
     assert ceilings.measure("cpu", "float32", seconds=0.01) is found
+    assert ceilings.measure("cpu", "int8", seconds=0.01).matmul_tflop_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [("none", "bfloat16"), ("fp8", "float8_e4m3fn"), ("int8", "int8")],
+)
+def test_the_ceiling_is_that_of_the_type_that_is_multiplied(
+    quantize: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def measure(device: str, dtype: str) -> Ceilings:
+        asked.append(dtype)
+        return Ceilings(100.0, 0.5)
+
+    case = dataclasses.replace(on_gpu(FFN, monkeypatch), quantize=quantize)
+    monkeypatch.setattr(ceilings, "measure", measure)
+    roofline.fields(case, FFN.build(), [FFN.make_input(32, 0.5, 0)], TIMES)
+    assert asked == [dtype]

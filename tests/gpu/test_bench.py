@@ -38,7 +38,7 @@ def rows(tmp_path: Path, *argv: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
 def test_products(dtype: str, tmp_path: Path) -> None:
     size = ("--size", "1024x2048", "--tokens", "1024", "--dtype", dtype, "--quick")
     (row,) = rows(tmp_path, "gemm", *size)
