@@ -54,6 +54,8 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     _add_gemm(kinds)
     pack = _command(kinds, "pack", _bench_pack, "data preparation against a plain copy")
     _add_sizes(pack, DTYPE_NAMES)
+    summary = "a first matmul that packs its result against two kernels"
+    _add_sizes(_command(kinds, "linear", _bench_linear, summary), DTYPE_NAMES)
     _add_compile(kinds)
     _add_grid(kinds)
     plot = _command(kinds, "plot", _bench_plot, "draw the rows of `bench ffn`")
@@ -293,6 +295,28 @@ def _bench_pack(arguments: argparse.Namespace) -> int:
         tables.PACK_CUDA if arguments.device == "cuda" else tables.PACK,
         len(todo),
         lambda report: pack.run(todo, arguments.seconds, report),
+        append=arguments.resume,
+    )
+
+
+def _bench_linear(arguments: argparse.Namespace) -> int:
+    """``bench linear``."""
+    from inductor_sparse.bench import linear, tables
+
+    _by_device(arguments)
+    done = {linear.row_key(row) for row in _kept_rows(arguments)}
+    todo = linear.cases(
+        tokens=arguments.tokens,
+        sizes=_sizes(arguments),
+        dtypes=arguments.dtype,
+        device=arguments.device,
+    )
+    todo = [case for case in todo if case.key not in done]
+    return _run_bench(
+        arguments,
+        tables.LINEAR,
+        len(todo),
+        lambda report: linear.run(todo, arguments.seconds, report),
         append=arguments.resume,
     )
 

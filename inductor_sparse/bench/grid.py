@@ -21,6 +21,7 @@ PREFILL_TOKENS = (8192, 2048, 4096, 16384, 1024, 512, 32768)
 DECODE_TOKENS = (1, 4, 2, 8, 16)
 ALL_DATA = "--data trained,random --density 0.05,0.1,0.15"
 ONE_DATA = "--data trained --density 0.1"
+LINEAR_TOKENS = "8192,4096,2048,1024,512"
 DECODE_DENSITIES = "0.02,0.05,0.1,0.2,0.5"
 GEMM_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
 QUANTIZE = ("none", "fp8")
@@ -39,6 +40,7 @@ def commands() -> Iterator[str]:
     yield _decode("down", SIZES[0], 4)
     yield _decode("down", SIZES[1], 1)
     yield f"pack --dtype bfloat16 --size {SIZES[0]} --tokens 8192"
+    yield f"linear --dtype bfloat16 --size {SIZES[0]} --tokens {LINEAR_TOKENS}"
     every = ",".join(map(str, PREFILL_TOKENS))
     for size in SIZES:
         yield from _ffn(size, every, "default", ONE_DATA)

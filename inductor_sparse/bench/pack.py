@@ -30,8 +30,11 @@ Operation = Callable[[Tensor], tuple[Tensor, ...]]
 GPU_OPS = (
     "sparsify24",
     "sparsify24_energy",
+    "sparsify24_largest_abs",
     "sparsify24_fp8",
+    "sparsify24_int8",
     "quantize_rows_fp8",
+    "quantize_rows_int8",
     "relu2",
 )
 
@@ -170,15 +173,31 @@ def _sparsify24_energy(z_MK: Tensor) -> tuple[Tensor, ...]:
     return tuple(ops.sparsify24(z_MK, "relu2", "largest", energy))
 
 
+def _sparsify24_largest_abs(h_MK: Tensor) -> tuple[Tensor, ...]:
+    """The same of a gated product, which has either sign."""
+    return tuple(_ops().sparsify24(h_MK, "identity", "largest_abs"))
+
+
 def _sparsify24_fp8(z_MK: Tensor) -> tuple[Tensor, ...]:
     """2:4 in e4m3, with a scale per row."""
     op = _ops().sparsify24_quantized
     return tuple(op(z_MK, "relu2", "largest", torch.float8_e4m3fn))
 
 
+def _sparsify24_int8(z_MK: Tensor) -> tuple[Tensor, ...]:
+    """The same in int8."""
+    op = _ops().sparsify24_quantized
+    return tuple(op(z_MK, "relu2", "largest", torch.int8))
+
+
 def _quantize_rows_fp8(x_MK: Tensor) -> tuple[Tensor, ...]:
     """Dense e4m3 with a scale per row: what the first matmul of an 8-bit FFN reads."""
     return tuple(_ops().quantize_rows(x_MK, torch.float8_e4m3fn))
+
+
+def _quantize_rows_int8(x_MK: Tensor) -> tuple[Tensor, ...]:
+    """The same in int8."""
+    return tuple(_ops().quantize_rows(x_MK, torch.int8))
 
 
 def _relu2(z_MK: Tensor) -> tuple[Tensor, ...]:
@@ -197,7 +216,10 @@ _OPERATIONS: dict[str, Operation] = {
     "row_major_weight": _row_major_weight,
     "sparsify24": _sparsify24,
     "sparsify24_energy": _sparsify24_energy,
+    "sparsify24_largest_abs": _sparsify24_largest_abs,
     "sparsify24_fp8": _sparsify24_fp8,
+    "sparsify24_int8": _sparsify24_int8,
     "quantize_rows_fp8": _quantize_rows_fp8,
+    "quantize_rows_int8": _quantize_rows_int8,
     "relu2": _relu2,
 }

@@ -37,8 +37,11 @@ _TYPES = {
 _PACKING = {
     "sparsify24": "2:4 in bf16",
     "sparsify24_energy": "the same, counting the energy",
+    "sparsify24_largest_abs": "of either sign, after a gate",
     "sparsify24_fp8": "2:4 in fp8, with row scales",
+    "sparsify24_int8": "2:4 in int8, with row scales",
     "quantize_rows_fp8": "dense fp8, with row scales",
+    "quantize_rows_int8": "dense int8, with row scales",
     "relu2": "dense `relu(z)²`",
 }
 

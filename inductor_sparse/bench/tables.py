@@ -112,6 +112,16 @@ PACK_CUDA: tuple[Column, ...] = (
     *PACK,
     ("of the ceiling", lambda row: f"{row['of_copy']:.0%}"),
 )
+LINEAR: tuple[Column, ...] = (
+    ("MxDxK", lambda row: f"{row['tokens']}x{row['features']}x{row['hidden']}"),
+    ("dtype", lambda row: row["dtype"]),
+    ("one kernel us", _us("fused_us")),
+    ("two kernels us", _us("apart_us")),
+    ("two / one [95 %]", _ratio),
+    ("one / plain matmul", lambda row: f"{row['of_matmul']:.3f}"),
+    ("rms rel err", lambda row: f"{row['rms_rel_err']:.1e}"),
+    ("kernel", lambda row: row["note"]),
+)
 COMPILE: tuple[Column, ...] = (
     ("layers", lambda row: str(row["layers"])),
     ("sites", lambda row: str(row["sites_applied"])),

@@ -131,7 +131,7 @@ def test_interrupt_keeps_and_shows_the_rows(
     assert captured.err.endswith("interrupted\n")
 
 
-@pytest.mark.parametrize("kind", ["ffn", "gemm", "pack", "compile"])
+@pytest.mark.parametrize("kind", ["ffn", "gemm", "pack", "linear", "compile"])
 def test_bench_rejects_a_device_that_is_not_there(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

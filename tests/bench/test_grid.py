@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from inductor_sparse import cli
-from inductor_sparse.bench import commands, ffn, gemm, grid, pack
+from inductor_sparse.bench import commands, ffn, gemm, grid, linear, pack
 from inductor_sparse.bench.models import ModelCase
 from inductor_sparse.bench.rows import FEW_TOKENS
 
@@ -102,7 +102,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(todo)
         return iter(())
 
-    for module in (ffn, gemm, pack):
+    for module in (ffn, gemm, linear, pack):
         monkeypatch.setattr(module, "run", record)
     return seen
 

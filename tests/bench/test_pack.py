@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from inductor_sparse.bench import pack, tables
+from inductor_sparse.bench import pack, page, tables
 from inductor_sparse.bench.pack import PackCase
 
 
@@ -30,7 +30,7 @@ def test_a_gpu_packs_activations_only() -> None:
     assert {case.rows for case in todo} == {8}
 
 
-@pytest.mark.parametrize("op", ["row_major_weight", "sparsify24"])
+@pytest.mark.parametrize("op", ["row_major_weight", *pack.GPU_OPS])
 def test_a_row_is_consistent(op: str) -> None:
     (row,) = pack.run([PackCase(op, 64, 128, "float32")], seconds=0.02)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
@@ -39,6 +39,18 @@ def test_a_row_is_consistent(op: str) -> None:
     assert row["rounds"] >= 9
     (cells,) = tables.cells(tables.PACK, [row])
     assert len(cells) == len(tables.headers(tables.PACK))
+
+
+@pytest.mark.parametrize("op", pack.GPU_OPS)
+def test_every_op_of_a_gpu_has_a_name_in_the_table(op: str) -> None:
+    assert op in pack._OPERATIONS
+    assert op in page._PACKING
+
+
+def test_what_a_gate_packs_has_either_sign() -> None:
+    h_MK = torch.tensor([[-3.0, 1.0, 2.0, -0.5]]).repeat(1, 16)
+    values, _ = pack._sparsify24_largest_abs(h_MK)
+    assert values[0, :2].tolist() == [-3.0, 2.0]
 
 
 def test_bytes_are_those_read_and_written() -> None:

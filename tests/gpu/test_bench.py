@@ -89,6 +89,14 @@ def test_packing(tmp_path: Path) -> None:
     assert all(row["gb_per_s"] > 0 < row["of_copy"] for row in found.values())
 
 
+def test_a_first_matmul_packs_what_it_computes(tmp_path: Path) -> None:
+    size = ("--size", "1024x4096", "--tokens", "1024", "--dtype", "bfloat16")
+    (row,) = rows(tmp_path, "linear", *size)
+    assert "linear_sparsify24" in row["note"]
+    assert row["rms_rel_err"] == pytest.approx(row["apart_rms_rel_err"], rel=0.1)
+    assert row["of_matmul"] == row["fused_us"] / row["matmul_us"]
+
+
 def test_decoding_has_its_rivals(tmp_path: Path) -> None:
     size = ("--size", "4096x16384", "--tokens", "1", "--dtype", "bfloat16")
     argv = (*size, "--op", "down", "--density", "0.1", "--settings", "default")
