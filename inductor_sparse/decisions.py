@@ -65,8 +65,8 @@ class Decision:
     kernels of a GPU were expected to be launched by CUDA graphs.  ``kernel`` names the
     op that packs, then the kernel of the product and its tile, ``tflops`` is the
     measured rate of the product counted as a dense one, and ``of_dense_peak`` and
-    ``of_sparse_peak`` that as fractions of the device's: all of a 2:4 site on a GPU that
-    ``explain()`` has run.
+    ``of_sparse_peak`` that as fractions of the device's: all of a 2:4 site on a GPU
+    that ``explain()`` has run.
     """
 
     module: str
