@@ -286,3 +286,18 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     random = torch.Tag.nondeterministic_seeded in target.tags
     return not random and not target._schema.is_mutable
+
+
+def changing_input(
+    graph: fx.Graph, device: torch.device, static_inputs: frozenset[str]
+) -> fx.Node | None:
+    """An input that freezing does not fold: a tensor of the device, not a parameter."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = tensor_of(node)
+        if (
+            node.name not in static_inputs
+            and value is not None
+            and value.device == device
+        ):
+            return node
+    return None

@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from inductor_sparse._compat import size_hint
+from inductor_sparse.passes.fx_utils import changing_input
 from inductor_sparse.passes.quantized_ffn import read_rows
 from inductor_sparse.passes.weights import Copy
 from inductor_sparse.profitability import cuda
@@ -54,7 +55,7 @@ class Skipping:
                 *(K, N, site.dtype, decision.density),
                 forms=tuple(op == _GATED for op in self.forms),
                 graphs=context.cuda_graphs,
-                observed=context.can_demote(decision.arch, site.dtype),
+                observed=_is_observed(site, decision, context),
                 read_dtype=self.read_dtype,
                 ends=ends,
             )
@@ -103,6 +104,16 @@ def read_skipping(
         return Skipping(forms, note=f"; rows not quantized: {rows}")
     note = f"; rows of the weight in {rows.dtype_name}, each with a scale"
     return Skipping(forms, rows, note)
+
+
+def _is_observed(site: Site, decision: Decision, context: PassContext) -> bool:
+    """Whether somebody looks at how dense a site is, and gives it back.
+
+    What its kernels count in is asked for by an input of their device.
+    """
+    graph, device = site.matmul.graph, site.matmul.meta["val"].device
+    anchor = changing_input(graph, device, context.static_inputs)
+    return anchor is not None and context.can_demote(decision.arch, site.dtype)
 
 
 def is_symbolic(site: Site) -> bool:

@@ -22,7 +22,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from inductor_sparse import profitability
 from inductor_sparse._compat import size_hint
 from inductor_sparse.passes.base import PassContext
-from inductor_sparse.passes.fx_utils import input_of, insert_call, is_call, tensor_of
+from inductor_sparse.passes.fx_utils import (
+    changing_input,
+    input_of,
+    insert_call,
+    is_call,
+    tensor_of,
+)
 from inductor_sparse.passes.sites import SITE_KEY
 
 _ops = torch.ops.inductor_sparse
@@ -113,18 +119,9 @@ def _observe_energy(product: fx.Node, context: PassContext) -> None:
 
 
 def _anchor(kernel: fx.Node, context: PassContext) -> fx.Node | None:
-    """An input that freezing does not fold: a tensor of the device, not a parameter."""
     operand = tensor_of(kernel.args[0])
-    for node in kernel.graph.find_nodes(op="placeholder"):
-        value = tensor_of(node)
-        if (
-            node.name not in context.static_inputs
-            and value is not None
-            and operand is not None
-            and value.device == operand.device
-        ):
-            return node
-    return None
+    assert operand is not None
+    return changing_input(kernel.graph, operand.device, context.static_inputs)
 
 
 PASS = ObserveDensity()

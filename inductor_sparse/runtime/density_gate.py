@@ -3,7 +3,8 @@
 The kernels of a site count the neurons that its tokens need.  A replayed CUDA graph
 asks for no counters again, so it is calls of the compiled graph that are counted: after
 a few of them, and then ever more rarely, its counters are copied to the host, and
-judged by what was added since the last time.
+judged by what was added since the last time.  A site is too dense if two looks in a row
+say so: what it is given back for is not forgotten, and one prompt may be unlike others.
 """
 
 from __future__ import annotations
@@ -57,14 +58,18 @@ class _Site:
     tokens: int
     kept: int = 0
     elements: int = 0
+    suspected: bool = False
 
     def judge(self, counters: Tensor) -> Finding | None:
-        """What was added to the counters, if it was too dense."""
+        """What was added to the counters, if it was too dense for the second time."""
         _, _, kept, elements = counters.tolist()
         added = elements - self.elements
-        density = (kept - self.kept) / max(1, added)
+        if not added:
+            return None
+        density = (kept - self.kept) / added
         self.kept, self.elements = kept, elements
-        return Finding(density, self.tokens) if density > self.max_density else None
+        before, self.suspected = self.suspected, density > self.max_density
+        return Finding(density, self.tokens) if before and self.suspected else None
 
 
 class Gate:
@@ -132,5 +137,7 @@ class Gate:
             for state, counters in zip(states, copies.values, strict=True)
             if (finding := state.judge(counters)) is not None
         }
+        if any(state.suspected for states, _ in self._copies for state in states):
+            self._next_look = min(self._next_look, self._calls + FIRST_LOOK)
         self._copies.clear()
         return found

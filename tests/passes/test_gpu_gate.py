@@ -82,6 +82,15 @@ def test_without_a_gate_no_model_loses(M: int, context: dict[str, Any]) -> None:
         assert f"wins up to {UNOBSERVED} tokens" in decision.detail
 
 
+def test_a_graph_whose_inputs_are_elsewhere_is_not_observed() -> None:
+    static = {"static": [0, 1]}  # nothing on the GPU but parameters
+    gm, decision = run(1, **static)
+    assert decision.op == "activation_spmm"
+    assert f"wins up to {UNOBSERVED} tokens" in decision.detail
+    assert calls(gm, "site_counters") == []
+    assert run(4, **static)[1].reason is Reason.NOT_PROFITABLE
+
+
 def test_a_measured_site_is_observed_too() -> None:
     plan = Plan({SITE: SitePlan(0.02, 0.02, 0.0, 0.0, 1, 5)})
     assert len(calls(run(4, plan=plan)[0], "site_counters")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import types
@@ -17,6 +18,9 @@ from inductor_sparse.runtime.device_sums import Sums
 
 DOWN, UP = "layers.0.down:64x16", "layers.1.down:64x16"
 ANCHOR = torch.zeros(1)
+TWO_LOOKS = 2 * FIRST_LOOK + 1
+"""Calls after which a site is known to be too dense that was so in all of them."""
+
 Found = dict[str, Finding]
 
 
@@ -78,13 +82,39 @@ def test_a_dense_site_is_found_when_its_copy_arrives(device: Device) -> None:
     assert run(gate, FIRST_LOOK + 5, step) == [{}] * (FIRST_LOOK + 5)
     assert device.copies == 1
     device.arrived = True
+    assert not any(run(gate, FIRST_LOOK - 5, step))
+    device.arrived = False
+    assert not any(run(gate, FIRST_LOOK, step))
+    assert device.copies == 2
+    device.arrived = True
     assert run(gate, 2, step) == [{DOWN: Finding(0.8, 4)}, {}]
+
+
+def test_one_dense_look_is_not_enough(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    for calls, kept in ((8, 99), (8, 20), (16, 99), (9, 20)):  # one look each
+        assert not any(run(gate, calls, functools.partial(kernel, gate, kept)))
+    assert device.copies == 4
+    assert any(run(gate, 8 * FIRST_LOOK, lambda: kernel(gate, 99)))
+
+
+def test_after_a_dense_look_the_next_one_is_soon(device: Device) -> None:
+    gate, device.arrived = Gate(), True
+    run(gate, 4 * MOST_CALLS, lambda: kernel(gate, 0))
+    copies, calls, found = device.copies, [], {}
+    while not found:
+        kernel(gate, 99)
+        found = gate.look()
+        calls.append(device.copies - copies)
+    # Each look is judged in the call after it.
+    assert len(calls) - calls.index(calls[-1] - 1) == FIRST_LOOK + 3
 
 
 def test_a_replayed_graph_asks_for_no_counters(device: Device) -> None:
     gate, device.arrived = Gate(), True
     values = gate.counters(ANCHOR, DOWN, 0.6, 4)
-    found = run(gate, FIRST_LOOK + 1, lambda: values.add_(torch.tensor([0, 0, 9, 10])))
+    added = torch.tensor([0, 0, 9, 10])
+    found = run(gate, TWO_LOOKS, lambda: values.add_(added))
     assert found[-1] == {DOWN: Finding(0.9, 4)}
 
 
@@ -120,7 +150,9 @@ def test_nothing_is_copied_while_a_graph_is_captured(device: Device) -> None:
     assert not any(run(gate, 4 * FIRST_LOOK, lambda: kernel(gate, 99)))
     assert device.copies == 0
     device.capturing = False
-    assert run(gate, 2, lambda: None)[-1] == {DOWN: Finding(0.99, 4)}
+    assert not any(run(gate, 2, lambda: None))
+    found = run(gate, FIRST_LOOK + 1, lambda: kernel(gate, 99))
+    assert found[-1] == {DOWN: Finding(0.99, 4)}
 
 
 def test_a_graph_without_counted_sites_is_not_looked_at(device: Device) -> None:
@@ -147,7 +179,7 @@ def graph(code: types.CodeType, kept: int, tokens: int) -> Callable[[], None]:
     return adaptation.observed(compiled, code)
 
 
-def call(compiled: Callable[[], None], times: int = FIRST_LOOK + 1) -> None:
+def call(compiled: Callable[[], None], times: int = TWO_LOOKS) -> None:
     for _ in range(times):
         compiled()
 
@@ -255,10 +287,12 @@ def test_counters_of_a_cpu_lie_there_whatever_the_default_device() -> None:
 
 def test_each_device_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[list[torch.device]] = []
+    sums = torch.tensor([0, 0, 9, 10])
 
-    def start(sums: list[Sums]) -> device_sums.Copies:
-        copied.append([each.values.device for each in sums])
-        return device_sums.Copies(torch.tensor([[0, 0, 9, 10]] * len(sums)), None)
+    def start(sites: list[Sums]) -> device_sums.Copies:
+        copied.append([each.values.device for each in sites])
+        seen = (len(copied) + 1) // 2
+        return device_sums.Copies((seen * sums).expand(len(sites), -1), None)
 
     monkeypatch.setattr(device_sums, "start_copies", start)
     gate, here, there = Gate(), torch.device("cpu"), torch.device("meta")
@@ -266,6 +300,6 @@ def test_each_device_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for device in (here, there):
             anchor = torch.zeros(1, device=device)
             assert gate.counters(anchor, site, 0.6, 4).device == device
-    found = run(gate, FIRST_LOOK + 1, lambda: None)
-    assert copied == [[here, here], [there, there]]
+    found = run(gate, TWO_LOOKS, lambda: None)
+    assert copied == 2 * [[here, here], [there, there]]
     assert found[-1] == dict.fromkeys((DOWN, UP), Finding(0.9, 4))
