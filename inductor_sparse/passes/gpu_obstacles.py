@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from inductor_sparse import profitability
 from inductor_sparse._compat import has_cpp_wrapper
 from inductor_sparse.decisions import Reason
@@ -13,6 +15,9 @@ from inductor_sparse.passes.toolchains import missing_package
 
 if TYPE_CHECKING:
     from inductor_sparse.passes.base import PassContext
+
+_BULK_BYTES = 16
+"""What the tensor memory accelerator reads and stores at a time."""
 
 
 def kernel_obstacle(
@@ -75,21 +80,49 @@ def layout_obstacle(site: Site) -> Rejection | None:
     """Why the weight cannot be read as it lies by bulk copies, or None."""
     value = tensor_of(site.rhs)
     assert value is not None
+    detail = _size_detail(site, value) or _memory_detail(value)
+    return None if detail is None else Rejection(Reason.UNSUPPORTED_SHAPE, detail)
+
+
+def _size_detail(site: Site, weight: Tensor) -> str | None:
+    """What is wrong with K or N, if anything."""
     _, K, N = site.sizes
-    step = 16 // value.itemsize
-    for name, size in (("K", K), ("N", N)):
-        if not isinstance(size, int) or size % step:
-            return Rejection(
-                Reason.UNSUPPORTED_SHAPE,
-                f"{name} is {size}: 2:4 reads 16 bytes at a time, so it must be a "
-                f"multiple of {step}",
-            )
-    lead = [stride for stride in value.stride() if stride != 1]
+    step = _BULK_BYTES // weight.itemsize
+    if not isinstance(K, int) or K % step:
+        return (
+            f"K is {K}: 2:4 reads 16 bytes at a time, so it must be a multiple of "
+            f"{step}"
+        )
+    if isinstance(N, int) and N % step == 0:
+        return None
+    if weight.stride()[-1] == 1:
+        return (
+            f"N is {N}: 2:4 reads 16 bytes at a time, so it must be a multiple of "
+            f"{step}"
+        )
+    return (
+        f"N is {N}: only if it is a multiple of {step} can the result be stored 16 "
+        "bytes at a time, and no other width was measured"
+    )
+
+
+def _memory_detail(weight: Tensor) -> str | None:
+    """What is wrong with how a weight lies in memory, if anything."""
+    step = _BULK_BYTES // weight.itemsize
+    strides = tuple(weight.stride())
+    lead = [stride for stride in strides if stride != 1]
     if len(lead) != 1 or not isinstance(lead[0], int) or lead[0] % step:
-        return Rejection(
-            Reason.UNSUPPORTED_SHAPE,
-            f"the weight has strides {tuple(value.stride())}: neither its rows nor its "
-            "columns can be read 16 bytes at a time",
+        return (
+            f"the weight has strides {strides}: neither its rows nor its columns can "
+            "be read 16 bytes at a time"
+        )
+    if lead[0] < weight.shape[strides.index(1)]:
+        return f"the weight has strides {strides}: its elements share memory"
+    offset = weight.storage_offset()
+    if isinstance(offset, int) and offset % step:
+        return (
+            f"the weight starts {offset} elements into its storage, and 2:4 reads from "
+            f"multiples of 16 bytes, {step} elements"
         )
     return None
 

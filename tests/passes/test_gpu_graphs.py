@@ -188,17 +188,44 @@ def test_autocast_weight_is_cast_as_before() -> None:
     assert calls(gm, "sparse24_mm")[0].args[2].meta["val"].dtype == torch.bfloat16
 
 
+READ = "2:4 reads 16 bytes at a time, so it must be a multiple of 8"
+APART = "neither its rows nor its columns can be read 16 bytes at a time"
+SHARED = "its elements share memory"
+
+
 @pytest.mark.parametrize(
-    ("weight", "detail"),
+    ("weight", "offset", "detail"),
     [
-        (empty(N, K + 1), "K is 16385"),
-        (empty(N + 4, K), "N is 4100"),
-        (empty(N, 2 * K)[:, ::2], "neither its rows nor its columns"),
-        (empty(N, K + 4)[:, :K], "neither its rows nor its columns"),
+        (empty(N, K + 1), 0, f"K is 16385: {READ}"),
+        (
+            empty(N + 4, K),
+            0,
+            "N is 4100: only if it is a multiple of 8 can the result be stored 16 "
+            "bytes at a time, and no other width was measured",
+        ),
+        (empty(K, N + 4).t(), 0, f"N is 4100: {READ}"),
+        (empty(N, 2 * K)[:, ::2], 0, f"the weight has strides (2, 32768): {APART}"),
+        (empty(N, K + 4)[:, :K], 0, f"the weight has strides (1, 16388): {APART}"),
+        (empty(1, K).expand(N, K), 0, f"the weight has strides (1, 0): {SHARED}"),
+        (empty(1, N).expand(K, N).t(), 0, f"the weight has strides (0, 1): {SHARED}"),
+        (
+            empty(2 * K + 8 * N).as_strided((N, K), (8, 1)),
+            0,
+            f"the weight has strides (1, 8): {SHARED}",
+        ),
+        (
+            empty(N, K),
+            12,
+            "the weight starts 12 elements into its storage, and 2:4 reads from "
+            "multiples of 16 bytes, 8 elements",
+        ),
+        (empty(N, K), 24, None),
     ],
 )
-def test_layouts_that_bulk_copies_cannot_read(weight: Tensor, detail: str) -> None:
-    strided = weight.shape, weight.stride()
+def test_layouts_that_bulk_copies_cannot_read(
+    weight: Tensor, offset: int, detail: str | None
+) -> None:
+    strided = (weight.shape, weight.stride(), offset)
 
     def fn(x: Tensor, base: Tensor) -> Tensor:
         return F.linear(F.relu(x), base.as_strided(*strided))
@@ -206,8 +233,11 @@ def test_layouts_that_bulk_copies_cannot_read(weight: Tensor, detail: str) -> No
     x = empty(2048, weight.shape[1])
     _, record = decide(fn, x, empty(2 * K * N + 2 * N))
     (decision,) = record.decisions
-    assert decision.reason is Reason.UNSUPPORTED_SHAPE
-    assert detail in decision.detail
+    if detail is None:
+        assert (decision.status, decision.op) == (Status.APPLIED, "sparse24_mm")
+    else:
+        assert decision.reason is Reason.UNSUPPORTED_SHAPE
+        assert decision.detail == detail
 
 
 def test_batches_stay_dense() -> None:
