@@ -11,7 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,39 +200,45 @@ def interpreter(folder: Path) -> Iterator[Interpreter]:
         yield made
 
 
-def compile_for_amd(folder: Path, tokens: int, arch: str) -> dict[str, str]:
-    """The assembly of each kernel for a GPU of AMD such as gfx942, in bfloat16."""
+def compile_for_amd(
+    folder: Path, arch: str, tokens: int, dtype: torch.dtype, names: Iterable[str]
+) -> dict[str, str]:
+    """The assembly of the named kernels for a GPU of AMD such as gfx942."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = kernels(folder, tokens, tokens >= activation_spmm_cuda.DOT_TOKENS)
-    threads = 64 if arch.startswith("gfx9") else 32
-    target = GPUTarget("hip", arch, threads)
+    dot = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, dtype, 304).DOT
+    module = kernels(folder, tokens, dot)
+    target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    pointers = {"PARTIALS": "*fp32", "LIST": "*i32"}
+    pointers |= dict.fromkeys(("Z", "W", "Y", "GATE", "X", "H"), _POINTERS[dtype])
     made = {}
-    for kernel_name, constants in _amd_constants(tokens).items():
+    constants = _amd_constants(tokens, dtype)
+    for kernel_name in names:
+        given = constants[kernel_name]
         kernel = getattr(module, kernel_name)
-        signature = {name: _TYPES.get(name, "i32") for name in kernel.arg_names}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, signature, constants)
+        signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+        signature |= dict.fromkeys(given, "constexpr")
+        source = ASTSource(kernel, signature, given)
         compiled = triton.compile(source, target=target, options={"num_warps": 4})
         made[kernel_name] = compiled.asm["amdgcn"]
     return made
 
 
-_TYPES = {"PARTIALS": "*fp32", "LIST": "*i32"}
-_TYPES |= dict.fromkeys(("Z", "W", "Y", "GATE", "X", "H"), "*bf16")
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def _amd_constants(tokens: int) -> dict[str, dict[str, Any]]:
+def _amd_constants(tokens: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     import triton.language as tl
 
-    spmm = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, torch.bfloat16, 304)
-    up = glu_spmm_cuda.choose_up_tile(tokens, 4096, torch.bfloat16)
+    spmm = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, dtype, 304)
+    up = glu_spmm_cuda.choose_up_tile(tokens, 4096, dtype)
+    dot_dtype = getattr(tl, activation_spmm_cuda.DOT_DTYPES[dtype].removeprefix("tl."))
     return {
         "spmm": {k: v for k, v in vars(spmm).items() if k not in _TAKEN}
-        | {"ACTIVATION": "relu2", "DOT_DTYPE": tl.bfloat16},
+        | {"ACTIVATION": "relu2", "DOT_DTYPE": dot_dtype},
         "total": {"SPLITS": spmm.SPLITS, "BN": 32, "AT_ONCE": 128},
         "up": {k: v for k, v in vars(up).items() if k not in _TAKEN}
-        | {"ACTIVATION": "relu", "DOT_DTYPE": tl.bfloat16},
+        | {"ACTIVATION": "relu", "DOT_DTYPE": dot_dtype},
     }
