@@ -301,7 +301,8 @@ class _Bench:
         rivals: Mapping[str, roofline.Rival],
     ) -> Row:
         """Time both sides and the rivals alternately, and describe the outcome."""
-        others = {name: rival(inputs) for name, rival in rivals.items()}
+        bound = {name: rival(inputs) for name, rival in rivals.items()}
+        others, of_others = roofline.checked(self.model, bound, inputs[0])
         times = self._settled_times(dense.variant, sparse.variant, inputs, others)
         us = {name: median(times[name]) / len(self.models) for name in times}
         status, reason = sparse.variant.status()
@@ -320,6 +321,7 @@ class _Bench:
             "reason": reason,
             **_applied(sparse.variant.last_graph),
             **{f"{name}_us": us[name] for name in others},
+            **of_others,
             "stacked": len(self.models),
             "dense_compile_s": dense.compile_s,
             "sparse_compile_s": sparse.compile_s,

@@ -7,7 +7,8 @@ may therefore exceed 100 % of the ceiling of dense matmuls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,16 +18,19 @@ from inductor_sparse.bench.models import (
     Input,
     Model,
     ModelCase,
+    errors,
     parts,
     union_density,
 )
 from inductor_sparse.bench.rows import FEW_TOKENS, Row
 from inductor_sparse.bench.timing import Call, screen_us
 
-Rival = Callable[[Sequence[Input]], Call]
-"""Gives the call that runs a rival kernel on rotating inputs."""
+Rival = Callable[[Sequence[Input]], Callable[[int], Any]]
+"""Gives the call that runs a rival kernel on rotating inputs, for each of a stack."""
 
 SCREEN_SECONDS = 0.1
+WRONG = 0.05
+"""A rival whose largest relative error is above this computes something else."""
 NARROW = {"fp8": "float8_e4m3fn", "int8": "int8"}
 """The type that the matmuls of a quantized case multiply."""
 
@@ -85,9 +89,30 @@ def rivals(
         return {}
     ones = [parts(inputs[0])[0].new_zeros(1) for _ in models]
     found: dict[str, Rival] = {"empty": lambda _: lambda i: [o.add_(1) for o in ones]}
-    if case.quantize == "none" and not case.gated:
+    if case.quantize == "none":
         found["masked_load"] = _masked_load(models, inputs)
     return found
+
+
+def checked(
+    model: Model, calls: Mapping[str, Callable[[int], Any]], given: Input
+) -> tuple[dict[str, Call], Row]:
+    """The rivals that compute the model, and the largest relative error of each.
+
+    Args:
+        model: the first of a stack.
+        calls: from :func:`rivals`, bound to inputs; ``empty`` computes nothing.
+        given: the first of those inputs.
+    """
+    able, row = dict(calls), {}
+    for name, call in calls.items():
+        if name == "empty":
+            continue
+        ((largest, _),) = errors(model, parts(given)[0], call(0)[0])
+        row[f"{name}_max_rel_err"] = largest
+        if not largest <= WRONG:  # NaN neither
+            del able[name]
+    return able, row
 
 
 def _masked_load(models: Sequence[Model], inputs: Sequence[Input]) -> Rival:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import pytest
+import torch
 
 from inductor_sparse.bench import ceilings, roofline
 from inductor_sparse.bench.ceilings import Ceilings
@@ -30,6 +33,21 @@ def on_gpu(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> ModelCase:
     """The case as if it had run on a GPU of 0.1 GB/s and 0.5 TFLOP/s."""
     monkeypatch.setattr(ceilings, "measure", lambda device, dtype: Ceilings(100.0, 0.5))
     return dataclasses.replace(case, device="cuda")
+
+
+def test_a_rival_that_computes_something_else_is_not_timed() -> None:
+    model, x = DOWN.build(), DOWN.make_input(2, 0.5, 1)
+
+    def scaled(factor: float) -> Any:
+        return lambda _: [factor * model(x).detach()]
+
+    calls = {"right": scaled(1.0), "wrong": scaled(1.1), "nan": scaled(math.nan)}
+    calls["empty"] = lambda _: [torch.zeros(1)]
+    able, row = roofline.checked(model, calls, (x, x))
+    assert list(able) == ["right", "empty"]
+    assert row["right_max_rel_err"] < 0.03
+    assert row["wrong_max_rel_err"] == pytest.approx(0.1, abs=0.03)
+    assert set(row) == {f"{name}_max_rel_err" for name in ("right", "wrong", "nan")}
 
 
 def test_few_tokens_are_held_against_memory(monkeypatch: pytest.MonkeyPatch) -> None:

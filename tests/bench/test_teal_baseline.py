@@ -13,17 +13,18 @@ pytest.importorskip("triton")
 PROGRAM = """
 import torch
 from inductor_sparse.bench import models, teal_baseline
-for op in ("down", "ffn"):
+for op, gated in (("down", False), ("ffn", False), ("ffn", True)):
     for activation in ("relu2", "relu"):
-        case = models.ModelCase(op, False, activation, "float32", 40, 72)
+        case = models.ModelCase(op, gated, activation, "float32", 40, 72)
         model = case.build()
         x = case.make_input(3, 0.3, seed=1)
         calls = teal_baseline.candidates(model)
         assert list(calls) == ["16x512", "32x256", "64x128", "128x64"]
         for call in calls.values():
             torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-5)
-gated = models.ModelCase("ffn", True, "relu", "float32", 40, 72).build()
-assert teal_baseline.candidates(gated) == {}
+z, x, w = torch.tensor([[1.0, -1.0]] * 2), torch.ones(2, 3), torch.ones(2, 3)
+kernel = teal_baseline.MaskedLoad(w, "relu", 16, 16)
+assert kernel.up(z, x, w).tolist() == [[3.0, 0.0]] * 2  # only rows that are needed
 print("right")
 """
 

@@ -97,15 +97,18 @@ def test_a_first_matmul_packs_what_it_computes(tmp_path: Path) -> None:
     assert row["of_matmul"] == row["fused_us"] / row["matmul_us"]
 
 
-def test_decoding_has_its_rivals(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "op", [("--op", "down"), ("--op", "ffn", "--gated")], ids=["down", "gated"]
+)
+def test_decoding_has_its_rivals(op: tuple[str, ...], tmp_path: Path) -> None:
     size = ("--size", "4096x16384", "--tokens", "1", "--dtype", "bfloat16")
-    argv = (*size, "--op", "down", "--density", "0.1", "--settings", "default")
+    argv = (*size, *op, "--density", "0.1", "--settings", "default")
     (row,) = rows(tmp_path, "ffn", *argv)
     assert (row["stacked"], row["sites_applied"]) == (16, 16)
     assert 0 < row["empty_us"] < row["dense_us"]
     assert row["masked_load_us"] > row["empty_us"]
     assert row["union_density"] == pytest.approx(0.1, abs=0.03)
-    assert row["max_rel_err"] < 0.02
+    assert max(row["max_rel_err"], row["masked_load_max_rel_err"]) < 0.03
 
 
 def test_a_graph_measures_the_device_alone() -> None:
