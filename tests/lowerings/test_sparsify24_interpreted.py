@@ -139,24 +139,28 @@ def quantize(
     way: tuple[str, str],
     dtype: torch.dtype,
     plan: sparsify24_cuda.RowPlan,
+    energy: Tensor | None = None,
+    blocks: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``(values, metadata, row_scale)`` as the kernel computes them."""
+    """``(values, metadata, row_scale, energy)`` as the kernel computes them.
+
+    With ``blocks`` only of so many blocks of 64 rows.
+    """
     M, K = x.shape
-    energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
     results = (*packed(M, K, dtype), torch.full((M,), -1.0))
     left = interpreter.run(
         (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager"),
         "sparsify24_quantized_kernel",
-        (-(-M // 64) * 64,),
-        *(x, *results, energy, M, K, *x.stride()),
+        ((blocks or -(-M // 64)) * 64,),
+        *(x, *results, results[2] if energy is None else energy, M, K, *x.stride()),
         **sparsify24_cuda.activation_constants(*way),
         FLOAT8=dtype != torch.int8,
         EVEN_K=K % plan.block_k == 0,
-        HAS_ENERGY=False,
+        HAS_ENERGY=energy is not None,
         BLOCK_K=plan.block_k,
         WHOLE=plan.whole,
     )
-    return tuple(left[1:4])
+    return tuple(left[1:5])
 
 
 def quantizable(K: int, dtype: torch.dtype) -> Tensor:
@@ -201,6 +205,58 @@ def test_sparsify24_quantized(
     assert torch.equal(results[1], expected[1])
     assert same_bits(results[0], expected[0])
     assert same_bits(results[2], expected[2])
+
+
+def small_integers(M: int, K: int) -> Tensor:
+    """Rows whose squares of squares are added without rounding, no two alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-8, 8, (M, K), generator=generator).bfloat16()
+
+
+def energies(x: Tensor, way: tuple[str, str]) -> tuple[float, float]:
+    """The energy that is kept, and all of it."""
+    kept = ops.sparsify24(x, *way)[0].double().square().sum()
+    total = reference.activation(x, way[0]).double().square().sum()
+    return float(kept), float(total)
+
+
+@pytest.mark.parametrize(
+    ("M", "way", "plan"),
+    [
+        (90, ("relu2", "largest"), sparsify24_cuda.RowPlan(True, 128, 1)),
+        (26, ("identity", "largest"), sparsify24_cuda.RowPlan(False, 64, 1)),
+    ],
+    ids=str,
+)
+def test_more_than_16_rows_and_their_energy(
+    interpreter: Interpreter,
+    M: int,
+    way: tuple[str, str],
+    plan: sparsify24_cuda.RowPlan,
+) -> None:
+    # Of the last 16 rows all kinds: paired, without a partner, beyond M.
+    x = small_integers(M, 70)
+    energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
+    values, words, scale, energy = quantize(
+        interpreter, x, way, torch.int8, plan, energy
+    )
+    expected = ops.sparsify24_quantized(x, *way, torch.int8)
+    assert torch.equal(words, expected[1])
+    assert torch.equal(values, expected[0])
+    assert torch.equal(scale, expected[2])
+    assert tuple(energy.sum(0).tolist()) == energies(x, way)
+    assert energy[:, 1].count_nonzero() == M  # a slot for each program with a row
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_of_a_large_matrix_every_32nd_row_is_summed(
+    interpreter: Interpreter, whole: bool
+) -> None:
+    x, way = small_integers(1024, 64), ("identity", "largest_abs")
+    energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
+    plan = sparsify24_cuda.RowPlan(whole, 64, 1)
+    left = quantize(interpreter, x, way, torch.int8, plan, energy, blocks=1)
+    assert tuple(left[3].sum(0).tolist()) == energies(x[[0, 32]], way)
 
 
 def test_the_kernels_know_the_constants_of_the_reference() -> None:
