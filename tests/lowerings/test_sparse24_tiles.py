@@ -98,19 +98,26 @@ def main_loop(sass: list[str]) -> list[str]:
     return min(loops, key=len)
 
 
-LARGEST = [
-    pytest.param(dtype, sparse24_kernel.configs(dtype)[0], id=str(dtype))
-    for dtype in (BF16, E4M3)
+EVERY = [
+    pytest.param(dtype, order, tile, id=f"{dtype}-{order}-{tile}")
+    for dtype, order, count in (
+        (BF16, "k", 99),
+        (BF16, "n", 99),
+        (torch.float16, "k", 1),
+        (E4M3, "k", 99),
+        (torch.int8, "k", 99),
+    )
+    for tile in sparse24_kernel.configs(dtype, order)[:count]
 ]
 
 
-@pytest.mark.parametrize("dtype, tile", LARGEST)
+@pytest.mark.parametrize("dtype, order, tile", EVERY)
 def test_nothing_is_spilled_in_the_main_loop(
-    dtype: torch.dtype, tile: TileConfig, tmp_path: Path
+    dtype: torch.dtype, order: str, tile: TileConfig, tmp_path: Path
 ) -> None:
     import triton
 
-    fake_cuda.compile_cuda(source(dtype, "k", tile), tmp_path)
+    fake_cuda.compile_cuda(source(dtype, order, tile), tmp_path)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     sass = subprocess.run(
         [tools / "nvdisasm", "-c", tmp_path / "kernel.cubin"],
