@@ -1,9 +1,14 @@
 # Everything a contributor types.  Each target sets up .venv by itself, once.
 #
-#   make demo                              train nothing, change nothing: see it work
-#   make test                              the test suite
+#   make demo                              run the example model, dense and sparse
+#   make test                              run the tests
 #   make test TORCH="torch==2.11.0"        the same with another torch
 #   make test PYTEST_ARGS="-k canonicalize -n 0"
+#   make lint                              check style, types, layers, documents
+#   make format                            fix what can be fixed automatically
+#   make docs                              regenerate the generated documents
+#   make bench BENCH_ARGS="--tokens 1"     run `bench ffn`
+#   make clean                             remove .venv
 
 PYTHON ?= python3
 VENV ?= .venv

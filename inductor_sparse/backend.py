@@ -141,8 +141,8 @@ def split_options(
     quantize = ours.get("quantize", config.quantize)
     if ours.get("quantize_scales") == "predicted" and quantize == "none":
         raise SparseOptionError(
-            f'option "{PREFIX}quantize_scales" is about "{PREFIX}quantize": "fp8", '
-            "which is not set"
+            f'option "{PREFIX}quantize_scales": "predicted" needs '
+            f'"{PREFIX}quantize": "fp8"'
         )
     return ours, inductors
 
@@ -249,7 +249,7 @@ def _announce(sparse_pass: SparsePass, *, strict: bool) -> None:
             level,
             "inductor_sparse: a compiled graph was loaded from Inductor's cache, so no "
             "pass ran and no decision is recorded for it; inductor_sparse.explain() "
-            "shows the sites of a model whatever is cached",
+            "does not use caches and shows the sites of a model",
         )
         return
     graph = sparse_pass.graphs[-1]

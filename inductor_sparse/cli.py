@@ -64,14 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command`` to the function to run."""
     parser = argparse.ArgumentParser(
         prog="python -m inductor_sparse",
-        description="Look at, check and measure the sparse torch.compile backend.",
-        epilog="Exit codes: 0 done, 1 bad news, 2 error, 130 interrupted.",
+        description="Diagnose, explain and benchmark the sparse torch.compile backend.",
+        epilog="Exit codes: 0 success; 1 a doctor check failed, or explain --strict "
+        "found no applied site; 2 error; 130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    doctor = _command(commands, "doctor", _doctor, "check this machine and install")
+    doctor = _command(commands, "doctor", _doctor, "check machine and installation")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     _add_explain(commands)
-    bench = commands.add_parser("bench", help="measure, dense against sparse")
+    bench = commands.add_parser("bench", help="benchmark sparse against dense")
     bench_commands.add_arguments(bench)
     passes = _command(commands, "passes", _passes, "list the passes and their rules")
     form = passes.add_mutually_exclusive_group()

@@ -37,55 +37,63 @@ if typing.TYPE_CHECKING:
 
 HELP: dict[str, str] = {
     "activation_format": (
-        'Which rewrites of a sparse activation are allowed: "exact" skips zeros only; '
-        '"2:4" takes the approximate 2:4 format wherever a device has kernels for it, '
-        'whether it pays or not; "auto" takes the best for the device and the number '
-        "of tokens."
+        'Which rewrites of a sparse activation are allowed. "exact": only zeros are '
+        'skipped. "2:4": the approximate 2:4 format is used wherever the device has '
+        'kernels for it, even where it is slower. "auto": whichever is predicted to '
+        "be fastest for the device and the number of tokens."
     ),
-    "strict": "Raise NothingAppliedError if a compiled graph has no applied site.",
+    "strict": (
+        "Raise NothingAppliedError (inside Dynamo's BackendCompilerFailed) if a "
+        "compiled graph contains matmuls but no applied site; turns compile caches off."
+    ),
     "dump_dir": (
-        "Write graphs before and after each pass, their diffs, the decisions and the "
-        "generated kernels to this folder (created if missing); empty: no dump."
+        "Folder (created if missing) to which the graphs before and after each pass, "
+        "their diffs, the decisions and the generated code are written; turns compile "
+        "caches off. Empty: no dump."
     ),
     "plan": "Path of a plan file made by inductor_sparse.calibrate(); empty: no plan.",
     "disabled_rules": "Comma-separated names of rules that must not fire.",
     "weight_copies": (
-        "Allow one row-contiguous copy of a weight that is stored [out, in]; without "
-        "it such sites stay dense unless the weight was prepared or frozen."
+        "Allow copies of weights: a row-contiguous one of a weight that is stored "
+        "[out, in], and quantized ones. If False, sites that skip zeros stay dense "
+        "unless the weight was prepared or frozen, and nothing is quantized."
     ),
     "max_density": (
-        "A site whose planned density (fraction of non-zeros) is above this stays "
-        "dense."
+        "A site whose density in the plan (fraction of non-zeros) is above this stays "
+        "dense. Without a plan it has no effect."
     ),
     "max_dropped_energy": (
-        "A site whose planned 2:4 loss (the part of the activation's sum of squares "
-        "that is dropped) is above this is not rewritten to 2:4, and one without a "
-        "plan is named in a warning when it drops more; the root of it is about the "
-        "relative error of the product."
+        "The largest 2:4 loss allowed: the fraction of the activation's sum of squares "
+        "that is dropped. With a plan, a site above it is not rewritten to 2:4. "
+        "Without a plan, it is rewritten, and a warning names it when it drops more. "
+        "The square root of the loss is about the relative error of the product."
     ),
     "quantize": (
-        "Run both matmuls of a ReLU² or ReLU FFN in 8 bits where the second one is "
-        "packed 2:4 and the device has kernels for it, each row of weights and "
-        "activations with its own scale; weights are quantized once."
+        "Run both matmuls of a ReLU² or ReLU FFN in 8 bits wherever the second one is "
+        "packed 2:4 and the device has kernels for it. Scales are per token for "
+        "activations and per output feature for weights; weights are quantized once. "
+        "No effect on a CPU."
     ),
     "quantize_scales": (
-        "How an 8-bit FFN scales the rows between its matmuls: "
-        '"exact" by their largest value; "predicted", fp8 only, by a bound from norms, '
-        "so that the first matmul packs what it computes: a little less precise, and "
-        "only with sparse.allow_unverified, because it was never timed on a GPU."
+        "How an 8-bit FFN scales the rows of the activation between its matmuls. "
+        '"exact": by their largest value. "predicted": by an upper bound derived from '
+        "norms, so that the first matmul can pack its own output; fp8 only, slightly "
+        "less precise, and only with sparse.allow_unverified, because the kernel has "
+        "never run on a GPU."
     ),
     "allow_unverified": (
-        "Use kernels that never ran on this kind of device; without it such sites stay "
-        "dense."
+        "Use kernels that have never run on the GPU architecture at hand. If False, "
+        "sites that need one stay dense with the reason kernel-unverified."
     ),
     "cuda_graphs": (
-        "Whoever calls the compiled code captures it in CUDA graphs, so that launching "
-        'kernels costs nothing; those of Inductor (mode="reduce-overhead") are seen '
-        "without this."
+        "Tells the backend that the caller captures the compiled code in CUDA graphs, "
+        "so that kernel launches cost nothing. Inductor's own CUDA graphs "
+        '(mode="reduce-overhead") are detected without this option.'
     ),
     "adaptive": (
-        "Let a site that is observed too dense to win at run time go back to dense; "
-        "on a GPU, count what 2:4 drops."
+        "Observe sites at run time. On a CPU, a site that turns out too dense to gain "
+        "is recompiled as dense; on a GPU this also needs sparse.allow_unverified. "
+        "On a GPU, count what 2:4 drops."
     ),
 }
 """One line of help for each option; ``docs/options.md`` is generated from it."""

@@ -247,8 +247,8 @@ def _no_gradient(op: str) -> Callable[..., NoReturn]:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise SparseError(
             f"{op} has no gradient; run it under torch.no_grad(), or train with "
-            f"torch.ops.{NAMESPACE}.activation_spmm of a weight as it is, which is "
-            f"exact and has one"
+            f"torch.ops.{NAMESPACE}.activation_spmm and an unquantized weight, which "
+            f"is exact and differentiable"
         )
 
     return backward

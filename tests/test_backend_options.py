@@ -41,7 +41,7 @@ def test_ours_lose_the_prefix_and_inductors_are_passed_on() -> None:
         ("sparse.max_dropped_energy", "1%", "takes float, got str"),
         ("sparse.allow_unverified", 1, "takes bool, got int 1"),
         ("sparse.unverified", True, 'did you mean "sparse.allow_unverified"'),
-        ("sparse.quantize_scales", "predicted", 'is about "sparse.quantize": "fp8"'),
+        ("sparse.quantize_scales", "predicted", 'needs "sparse.quantize": "fp8"'),
     ],
 )
 def test_a_bad_option_names_the_nearest_good_one(

@@ -42,10 +42,16 @@ import inductor_sparse
 inductor_sparse.config.max_density = 0.5
 ```
 
-An environment variable sets the default of a process; `options=` wins over everything.
-An option that does not exist, or a value of the wrong type, is an error that names the
-nearest known option. Every value is part of Inductor's cache keys, so changing one
-recompiles.
+An environment variable sets the default of the process; `options=` overrides
+everything else. In `options=` a value of the wrong type is an error, and so is an
+unknown name, for which the nearest known option is suggested. Every value is part of
+the keys of Inductor's caches, so a cached graph is never reused with other values;
+models that are already compiled keep the values that they were compiled with.
+
+`torch.compile` accepts either `mode=` or `options=`, not both. To combine a mode with
+`sparse.*` options, add the options that the mode stands for, which
+`torch._inductor.list_mode_options()` lists: `{"triton.cudagraphs": True}` for
+`mode="reduce-overhead"`.
 
 | option | type | default | environment variable | meaning |
 |---|---|---|---|---|
@@ -110,9 +116,11 @@ PASSES_HEAD = """\
 
 <!-- Made by `make docs` from `python -m inductor_sparse passes`. -->
 
-What runs over a graph, in this order, before Inductor lowers it. A *rule* decides
-about sites; `options={"sparse.disabled_rules": "name"}` turns it off, and its sites
-stay dense with the reason `rule-disabled`.
+These passes run over each graph, in this order, before Inductor lowers it. A *rule*
+decides how its sites are computed; `options={"sparse.disabled_rules": "name"}` turns it
+off, and its sites stay dense with the reason `rule-disabled`. The
+[tier](decisions.md#tiers) is that of skipping zeros; a site that the same rule packs
+2:4 is approximate.
 
 """
 

@@ -58,9 +58,11 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     _add_sizes(_command(kinds, "linear", _bench_linear, summary), DTYPE_NAMES)
     _add_compile(kinds)
     _add_grid(kinds)
-    plot = _command(kinds, "plot", _bench_plot, "draw the rows of `bench ffn`")
-    plot.add_argument("rows", type=Path, help="JSONL file written by `bench ffn`")
-    plot.add_argument("--out", type=Path, required=True, help="picture to write")
+    plot = _command(kinds, "plot", _bench_plot, "plot the rows of a results file")
+    plot.add_argument(
+        "rows", type=Path, help="JSONL file of `bench ffn`, or of `bench grid`"
+    )
+    plot.add_argument("--out", type=Path, required=True, help="image file to write")
 
 
 def _add_ffn(kinds: Any) -> None:
@@ -84,12 +86,12 @@ def _add_ffn(kinds: Any) -> None:
         "--quantize",
         choices=QUANTIZE_NAMES,
         default="none",
-        help="both sides in 8 bits, the dense one through torch's own matmuls",
+        help="run both sides in 8 bits, the dense one with torch's own 8-bit matmuls",
     )
     ffn.add_argument(
         "--calibrate",
         action="store_true",
-        help="give the sparse side a plan of the row's own inputs",
+        help="give the sparse side a plan made from the inputs of the row",
     )
     ffn.add_argument("--activation-format", choices=FORMAT_NAMES, default="auto")
 
@@ -101,23 +103,23 @@ def _add_gemm(kinds: Any) -> None:
     _add_sizes(gemm, GEMM_DTYPE_NAMES)
     _add_data(gemm, [0.05, 0.1, 0.15])
     gemm.add_argument(
-        "--quick", action="store_true", help="leave out what compiles to autotune"
+        "--quick", action="store_true", help="leave out torch.compile (max-autotune)"
     )
 
 
 def _add_grid(kinds: Any) -> None:
     """The arguments of ``bench grid``."""
-    summary = "every row behind the tables of a GPU, the most telling ones first"
+    summary = "all rows of the GPU tables, the most important ones first"
     grid = _command(kinds, "grid", _bench_grid, summary)
     grid.add_argument(
         "--minutes",
         type=types.duration,
         default=30.0,
-        help="begin no row after so many minutes",
+        help="start no new row after this many minutes",
     )
     grid.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     grid.add_argument(
-        "--json", required=True, metavar="FILE", help="file of rows to go on with"
+        "--json", required=True, metavar="FILE", help="results file to create or resume"
     )
 
 
@@ -168,12 +170,12 @@ def _add_sizes(parser: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
         "--minutes",
         type=types.duration,
         default=float("inf"),
-        help="begin no row after so many minutes",
+        help="start no new row after this many minutes",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="add to the --json file; skip rows that it has from the same protocol",
+        help="append to the --json file, skipping rows it has of this protocol",
     )
     _add_device_and_json(parser)
 
@@ -198,7 +200,7 @@ def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write one JSON object per row to FILE, or print them without FILE",
+        help="write one JSON object per row, to FILE or else to standard output",
     )
 
 

@@ -261,7 +261,7 @@ def core_cutlass(operands: Operands) -> Rival:
 def torchao(operands: Operands) -> Rival:
     """torchao's CUTLASS kernel for fp8, transposed: the sparse side is its weight.
 
-    Its kernels for sparse activations were deleted in January 2026 (pytorch/ao #3726).
+    Its kernels for sparse activations have been removed.
     """
     if importlib.util.find_spec("torchao") is None:
         raise RivalUnavailableError("torchao is not installed")

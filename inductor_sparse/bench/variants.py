@@ -125,7 +125,7 @@ class Variant:
         if graph is None or not graph.decisions:
             raise NothingAppliedError(
                 "the sparse variant has no FFN site, so there is nothing to compare; "
-                "run `python -m inductor_sparse passes` to see what is recognised"
+                "run `python -m inductor_sparse passes` to see what is recognized"
             )
         reason = graph.decisions[0].reason
         return "dense", reason.value if reason is not None else None

@@ -104,8 +104,8 @@ def check_cusparselt() -> Outcome:
         return passed(NOT_NEEDED)
     if torch.backends.cusparselt.is_available():
         return passed(str(torch.backends.cusparselt.version()))
-    remedy = "fine where our own kernel runs; official CUDA builds of torch bring it"
-    return CheckStatus.WARN, "this torch has none", remedy
+    remedy = "nothing on sm_90, which has our own kernel; else a CUDA build from PyPI"
+    return CheckStatus.WARN, "absent in this build of torch", remedy
 
 
 def check_kernels() -> Outcome:

@@ -107,8 +107,8 @@ def checked_time(
             oracle.timed += 1
             return took
         log.warning(
-            "%s is off by %.1e of the largest value, %.1e is allowed: not a candidate; "
-            "please report it",
+            "autotuning rejects %s: it is off by %.1e of the largest value, %.1e is "
+            "allowed; please report it",
             name,
             error,
             allowed,
@@ -119,7 +119,7 @@ def checked_time(
         else:
             _failed.add(name)
         summary = str(problem).strip().partition("\n")[0]
-        log.warning("%s is not a candidate: %s", name, summary)
+        log.warning("autotuning rejects %s: %s", name, summary)
     return _LAST_RESORT_MS if last_resort else math.inf
 
 

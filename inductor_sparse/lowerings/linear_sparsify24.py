@@ -102,7 +102,7 @@ def tuned_linear_sparsify24(
     try:
         call = _call(x, w1, bias, energy, activation, select)
     except Refused as reason:
-        log.info("%s is a product and a packing: %s", OP_NAME, reason)
+        log.info("%s is lowered to a matmul and sparsify24: %s", OP_NAME, reason)
         return _pair(x, w1, bias, energy, activation, select)
     return _fastest(call)
 
@@ -123,7 +123,7 @@ def tuned_linear_sparsify24_quantized(
     try:
         call = _call(x, w1, bias, energy, activation, select)
     except Refused as reason:
-        log.warning("%s runs as it is defined, slowly: %s", QUANTIZED, reason)
+        log.warning("%s falls back to its slow eager op: %s", QUANTIZED, reason)
         return common.fallback(QUANTIZED)(*given)
     scales = tuple(_contiguous(scale) for scale in (x_scale, w1_scale, row_scale))
     _, _, K = call.sizes
@@ -208,7 +208,7 @@ def _rows(matrix: ir.TensorBox) -> ir.IRNode:
     if refusal is not None:
         raise Refused(refusal)
     if not hopper.is_aligned(matrix):
-        raise Refused(f"{matrix.get_name()} does not start at {ALIGNMENT} bytes")
+        raise Refused(f"{matrix.get_name()} is not {ALIGNMENT}-byte aligned")
     return matrix
 
 

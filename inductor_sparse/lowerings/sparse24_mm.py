@@ -97,7 +97,7 @@ def tuned_sparse24_mm(
         product = _product(values, metadata, w, row_scale, col_scale, out_dtype)
         return _own(product) if kernel == "own" else _vendor(product, kernel)
     except Refused as reason:
-        log.info("sparse24_mm calls the op: %s", reason)
+        log.info("sparse24_mm falls back to its eager op: %s", reason)
         return common.fallback(OP)(
             values, metadata, w, row_scale, col_scale, out_dtype=out_dtype
         )
@@ -145,7 +145,7 @@ def _product(
     operands += [_row_major(to_dtype(scale, torch.float32)) for scale in given]
     unaligned = [node for node in operands if not hopper.is_aligned(node)]
     if unaligned:
-        raise Refused(f"{unaligned[0].get_name()} does not start at 16 bytes")
+        raise Refused(f"{unaligned[0].get_name()} is not 16-byte aligned")
     M, (K, N) = operands[0].get_size()[0], map(int, w.get_size())
     out = reference.result_dtype24(w.get_dtype(), out_dtype)
     return Product(

@@ -89,7 +89,7 @@ def unregister(name: str) -> None:
     global _registered
     if name not in {rule.name for rule in _registered}:
         known = ", ".join(rule.name for rule in _registered) or "none"
-        raise SparseError(f"no registered rule is called {name!r}; there are: {known}")
+        raise SparseError(f"no registered rule is called {name!r}; registered: {known}")
     _registered = tuple(rule for rule in _registered if rule.name != name)
 
 

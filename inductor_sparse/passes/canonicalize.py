@@ -1,4 +1,4 @@
-"""Every exact spelling of ReLU and ReLU² before a matmul becomes one aten form.
+"""Rewrites all equivalent expressions of ReLU and ReLU² before a matmul to one form.
 
 - ``clamp(x, min=0)``, ``maximum(x, 0)``, ``threshold(x, 0, 0)``, ... -> ``relu(x)``
 - ``r * r``, ``relu(x) * relu(x)``, ``square(r)``, ... -> ``relu(x) ** 2``

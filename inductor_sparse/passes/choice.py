@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 OBSERVED_TOO_DENSE = (
-    "observed at run time: skipping zeros did not pay; torch._dynamo.reset() forgets "
-    "that"
+    "observed at run time: too many non-zeros for skipping to gain anything; "
+    "torch._dynamo.reset() discards this observation"
 )
 """The detail of a site that went back to dense."""
 

@@ -1,4 +1,4 @@
-"""The last pass: counts what is unrelated, and refuses a half-rewritten graph."""
+"""Counts the other matmuls, and checks that every applied site was rewritten."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def fusable_linear(z: fx.Node, site: Site) -> Site | str:
     if linear is None or not is_call(core, _LINEAR) or lhs is None or value is None:
         return "the activation is not that of a linear layer"
     if linear.alpha != 1 or linear.beta != 1 or not has_bias_by_feature(linear):
-        return "its bias is not one number for each feature, added as it is"
+        return "its bias is scaled, or is not a vector with one value per feature"
     node = core
     while len(node.users) == 1 and node is not site.matmul:
         (node,) = node.users

@@ -1,4 +1,4 @@
-"""A gated product feeding a matmul: zeros of the gate silence both other matmuls.
+"""A gated product feeding a matmul: zeros of the gate are skipped in up and down.
 
 - ``mm(act(g) * mm(x, w_up.T), w) -> glu_spmm(g, x, w_up, w, act)`` for a few tokens:
   only the active neurons of the up projection are computed

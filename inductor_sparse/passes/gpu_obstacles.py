@@ -38,7 +38,7 @@ def kernel_obstacle(
             return Rejection(
                 Reason.KERNEL_UNVERIFIED,
                 f"the {dtype} kernel of {op} never ran on {arch}; "
-                "sparse.allow_unverified lets it",
+                "set sparse.allow_unverified to use it",
             )
         missing = missing_package(op, arch)
         if missing:

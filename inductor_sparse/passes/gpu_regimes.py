@@ -100,11 +100,12 @@ class Limits:
     symbolic: bool = False
 
     def __str__(self) -> str:
-        skip = f"up to {self.skip_up_to} tokens" if self.skip_up_to else "never"
-        pack = "never" if self.pack_from is None else f"from {self.pack_from} tokens on"
+        up_to, begin = self.skip_up_to, self.pack_from
+        skip = f"wins up to {up_to} tokens" if up_to else "never wins"
+        pack = "never wins" if begin is None else f"wins from {begin} tokens on"
         told = {
-            Regime.SKIP: f"skipping zeros wins {skip}",
-            Regime.PACK: f"2:4 wins {pack}",
+            Regime.SKIP: f"skipping zeros {skip}",
+            Regime.PACK: f"2:4 {pack}",
         }
         limits = ", ".join(told[regime] for regime in told if regime in self.regimes)
         launched = "" if self.graphs else ", without CUDA graphs,"
@@ -253,7 +254,7 @@ def _packing(
 ) -> tuple[Packing, Rejection | None]:
     """How a site would be packed, in 8 bits if that is asked for and possible."""
     if not rule.packs:
-        why = f"{rule.name} does not know 2:4"
+        why = f"the rule {rule.name} has no 2:4 rewrite"
         return plain, Rejection(Reason.NO_KERNEL_YET, why)
     arch = context.architecture(site.matmul.meta["val"].device)
     general = batch_obstacle(site) or graph_obstacle(context)

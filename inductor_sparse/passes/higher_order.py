@@ -1,4 +1,4 @@
-"""Sites in the branches of ``torch.cond`` and its kin: recorded, left dense."""
+"""Sites in bodies of ``torch.cond`` and similar operators: recorded, left dense."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HigherOrder:
                     continue
                 rule = _RULES[producer.family]
                 decision = open_decision(site, producer, context, rule, Tier.EXACT)
-                detail = f"inside of {operator}, where rewrites do not reach"
+                detail = f"inside the body of {operator}, which is not rewritten"
                 why = Rejection(Reason.HIGHER_ORDER_OP, detail)
                 close_dense(decision, why, site.matmul)
 

@@ -1,4 +1,4 @@
-"""Have the kernels of a graph count how dense their activations are.
+"""Makes the kernels of a graph count how dense their activations are.
 
 - ``activation_spmm(z, w, act)`` becomes
   ``activation_spmm(z, w, act, site_counters(input, site))``, and so does ``glu_spmm``

@@ -165,7 +165,7 @@ def _clip(node: fx.Node, budget: int) -> Producer | None:
         return _refuse(
             clipped,
             Reason.CLIPPED_ACTIVATION,
-            f"the activation is cut off at {high:g}: another function than relu",
+            f"the activation is clipped at {high:g}, so it is not a plain relu",
         )
     return _find(inner, budget) if low <= 0 <= high else None
 
@@ -344,7 +344,7 @@ def _minimum(node: fx.Node, budget: int) -> Producer | None:
             bound, _ = peel(other, VIEWS | CASTS)
             if is_call(bound, _CONSTANTS):
                 clipped = Producer(Family.PLAIN, "relu clipped", node)
-                detail = "the activation is cut off: another function than relu"
+                detail = "the activation is clipped, so it is not a plain relu"
                 return _refuse(clipped, Reason.CLIPPED_ACTIVATION, detail)
     return None
 

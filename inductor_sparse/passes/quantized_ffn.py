@@ -103,9 +103,9 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
     producer = site.producer
     direct = producer is not None and producer.family is not Family.GATED
     if site.matmul.target not in _OPERANDS or not direct or site.dtype == "float32":
-        return "only a ReLU or ReLU² FFN in bfloat16 or float16 is"
+        return "only a ReLU or ReLU² FFN in bfloat16 or float16 can be"
     if dtype == torch.float8_e4m3fn and site.dtype != "bfloat16":
-        return "products of fp8 with a scale for each row are bfloat16"
+        return "fp8 products with per-row scales need a bfloat16 model"
     z, activation, _ = packable_input(site, emit=False)
     core, _ = peel(z, VIEWS)
     w2 = _stored(site, dtype, context)
@@ -151,7 +151,7 @@ def _prediction_obstacle(
 ) -> str | None:
     """Why the first matmul cannot pack what it computes, or None."""
     if ffn.dtype != torch.float8_e4m3fn:
-        return "int8 has no exponent to make up for a bound that is not close"
+        return "int8 has no exponent that could absorb a loose bound"
     if ffn.first is None:
         return READ_ELSEWHERE
     linear = fusable_linear(z, site)

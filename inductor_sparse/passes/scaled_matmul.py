@@ -1,4 +1,4 @@
-"""ReLU or ReLU², quantized row by row, feeding an fp8 product: packed 2:4 in one go.
+"""ReLU or ReLU², quantized per row, feeding an fp8 matmul: packed 2:4 at once.
 
 ``_scaled_mm(to_fp8(h / s), w8, s, sw)`` with ``h = act(z)`` and ``s`` taken from the
 largest value of each row of ``h``, as quantization libraries write it, becomes

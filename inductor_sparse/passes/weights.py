@@ -129,7 +129,7 @@ def _is_static(weight: fx.Node, context: PassContext) -> bool:
 def _not_static(why: str) -> Rejection:
     return Rejection(
         Reason.WEIGHT_NOT_STATIC,
-        f"the weight is not stored row after row and cannot be copied once: {why}",
+        f"the weight is not row-contiguous, and no copy of it can be kept: {why}",
     )
 
 

@@ -128,7 +128,7 @@ def _demote(code: _Code, found: Mapping[str, Finding]) -> None:
         }
         sites.update((site, finding.tokens) for site, finding in new.items())
     for site, finding in new.items():
-        log.info("%s: %s; it goes back to dense", site, finding)
+        log.info("%s: %s; the next call recompiles it as dense", site, finding)
     if new:
         _compat.recompile_on_next_call(code)
 

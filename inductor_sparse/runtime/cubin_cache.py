@@ -89,8 +89,8 @@ def _warn_once(error: OSError) -> None:
     if place not in _warned:
         _warned.add(place)
         log.warning(
-            "compiled kernels cannot be kept in %s (%s): every process compiles its "
-            "own; set %s to a folder that can be written",
+            "compiled kernels cannot be saved in %s (%s), so every process compiles "
+            "its own; set %s to a writable folder",
             place,
             error.strerror or error,
             VARIABLE,

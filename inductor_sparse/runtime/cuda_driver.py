@@ -126,7 +126,7 @@ def encode_tiled(
         *modes,
     )
     if code:
-        raise SparseKernelError(f"the driver makes no tensor map: {message(code)}")
+        raise SparseKernelError(f"the driver rejected the tensor map: {message(code)}")
 
 
 def current_device() -> int:

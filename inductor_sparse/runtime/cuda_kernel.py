@@ -298,8 +298,8 @@ class CudaKernel:
         found = cuda_driver.architecture(device)
         if self.arch.removesuffix("a") != found:
             raise SparseKernelError(
-                f"is for {self.arch}, device {device} is {found}; compile the model on "
-                "the device it is to run on"
+                f"was compiled for {self.arch}, but device {device} is {found}; "
+                "compile the model on the device it is to run on"
             )
 
     def error(self, args: Sequence[Any], problem: str) -> SparseKernelError:

@@ -62,9 +62,9 @@ def _driver_refusal(major: int, minor: int) -> str | None:
     if driver is None or driver[0] >= major:
         return None
     return (
-        f"NVRTC is {major}.{minor}, the driver knows CUDA {driver[0]}.{driver[1]} and "
-        "does not load its code; update the driver, or install the cuda-bindings and "
-        f"NVRTC of CUDA {driver[0]} that this torch was built for"
+        f"NVRTC is {major}.{minor}, but the driver supports only CUDA "
+        f"{driver[0]}.{driver[1]} and cannot load its code; update the driver, or "
+        f"install the cuda-bindings and NVRTC of CUDA {driver[0]}"
     )
 
 
@@ -143,8 +143,8 @@ def _log(nvrtc: Any, program: Any) -> str:
 def _check(nvrtc: Any, name: str, result: Any) -> None:
     if int(result) != 0:
         raise SparseKernelError(
-            f"NVRTC failed at {name} with {result.name}; if memory is short, free some "
-            "and call again"
+            f"NVRTC failed to compile {name} ({result.name}); if memory is short, free "
+            "some and call again"
         )
 
 

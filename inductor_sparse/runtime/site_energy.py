@@ -243,9 +243,9 @@ def _judge(energy: Energy, limit: float) -> None:
         return
     log.warning(
         "%s: 2:4 drops %.2f %% of the energy of its activation, more than "
-        "sparse.max_dropped_energy allows (%.2f %%): its product is off by about "
-        "%.0f %%. With a plan of inductor_sparse.calibrate() such sites stay dense; "
-        "raise the option if the model tolerates it",
+        "sparse.max_dropped_energy allows (%.2f %%): the relative error of its product "
+        "is about %.0f %%. With a plan made by inductor_sparse.calibrate() such sites "
+        "are not packed; raise the option if the model tolerates the error",
         energy.site,
         100 * dropped,
         100 * limit,

@@ -113,7 +113,7 @@ class TensorMap:
             )
         if layout.address % 16:
             raise SparseKernelError(
-                f"starts {layout.address % 16} bytes behind a multiple of 16; clone it"
+                f"starts {layout.address % 16} bytes past a 16-byte boundary; clone it"
             )
         too_long = max(layout.inner, layout.outer) > MAX_DIMENSION
         if too_long or layout.stride_bytes >= _MAX_STRIDE_BYTES:

@@ -159,7 +159,7 @@ def test_ffn_under_cond() -> None:
     model, x = Inside(either), tokens(5)
     compiled, decisions = compile_and_compare(model, x)
     assert outcomes(decisions) == ["higher-order-op"]
-    assert decisions[0].detail == "inside of cond, where rewrites do not reach"
+    assert decisions[0].detail == "inside the body of cond, which is not rewritten"
     with torch.no_grad():
         compare(compiled, model, -x)
 

@@ -267,11 +267,11 @@ def test_what_can_never_be_packed_names_no_limit_for_it(M: int) -> None:
     packs = f"2:4 wins from {MANY} tokens on"
     assert packs in run(M=M)[1].detail
     assert packs in run(M=M, arch="sm_80", options=UNVERIFIED)[1].detail
-    assert run(M=M, dtype=torch.float32)[1].detail.endswith("2:4 wins never")
+    assert run(M=M, dtype=torch.float32)[1].detail.endswith("2:4 never wins")
     assert run(M=M, arch="sm_120", options=UNVERIFIED)[1].detail.endswith(
-        "2:4 wins never"
+        "2:4 never wins"
     )
-    assert run(M=M, outputs=N + 4)[1].detail.endswith("2:4 wins never")
+    assert run(M=M, outputs=N + 4)[1].detail.endswith("2:4 never wins")
 
 
 def test_a_missing_package_keeps_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_narrow_products_are_not_packed() -> None:
     narrow = profitability.cuda.PREFILL_MIN_SIZE // 2
     _, decision = run(M=65536, outputs=narrow)
     assert decision.reason is Reason.NOT_PROFITABLE
-    assert "2:4 wins never" in decision.detail
+    assert "2:4 never wins" in decision.detail
 
 
 def test_cuda_graphs_launch_small_products_in_no_time() -> None:
@@ -354,7 +354,7 @@ def test_a_token_does_not_hide_what_launching_takes() -> None:
     with config.patch(cuda_graphs=False):
         _, decision = run(M=1)
         assert decision.reason is Reason.NOT_PROFITABLE
-        assert "without CUDA graphs, skipping zeros wins never" in decision.detail
+        assert "without CUDA graphs, skipping zeros never wins" in decision.detail
     gain = functools.partial(profitability.cuda.decode_gain, 1, 28672, 8192, "bfloat16")
     assert gain(0.1) > gain(0.1, graphs=False) > 1
 

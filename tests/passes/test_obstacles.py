@@ -142,6 +142,6 @@ def test_planned_where_skipping_loses() -> None:
 def test_demoted_at_run_time() -> None:
     _, decision = run(demoted={"mm:8x6": 0})
     assert decision.reason is Reason.TOO_DENSE
-    assert decision.detail.startswith("observed at run time: skipping zeros did not")
+    assert decision.detail.startswith("observed at run time: too many non-zeros")
     _, decision = run(demoted={"mm:9x6": 0})
     assert decision.status is Status.APPLIED

@@ -88,19 +88,19 @@ def shared_bias(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         (
             ffn,
             {"quantize": "int8"},
-            "int8 has no exponent to make up for a bound that is not close",
+            "int8 has no exponent that could absorb a loose bound",
         ),
         (twice, {}, "something else reads the activation"),
         (
             shared_bias,
             {},
-            "its bias is not one number for each feature, added as it is",
+            "its bias is scaled, or is not a vector with one value per feature",
         ),
         (
             ffn,
             {"allow_unverified": False},
             "the float8_e4m3fn kernel of linear_sparsify24_quantized never ran on "
-            "sm_90; sparse.allow_unverified lets it",
+            "sm_90; set sparse.allow_unverified to use it",
         ),
     ],
 )

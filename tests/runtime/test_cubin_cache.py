@@ -90,7 +90,7 @@ def test_inductors_folder_that_cannot_be_made_is_reported_once(
         for _ in range(2):
             cubin_cache.store("kernel", CUBIN)
     (record,) = caplog.records
-    assert "cannot be kept in Inductor's cache folder" in record.getMessage()
+    assert "cannot be saved in Inductor's cache folder" in record.getMessage()
     assert cubin_cache.load("kernel") is None
 
 

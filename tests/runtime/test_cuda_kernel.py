@@ -304,7 +304,9 @@ def test_another_architecture_is_refused(
     with pytest.raises(SparseKernelError) as caught:
         kernel().run(*tensors(), *NUMBERS, stream=0)
     problem, arguments, remedy = str(caught.value).splitlines()
-    assert problem.startswith("kernel multiply: is for sm_90a, device 0 is sm_80; ")
+    assert problem.startswith(
+        "kernel multiply: was compiled for sm_90a, but device 0 is sm_80; "
+    )
     assert arguments.startswith("arguments: 0: ")
     assert "does without this kernel" in remedy
     assert machine.compilations == []

@@ -199,7 +199,7 @@ def test_only_as_many_tokens_as_are_too_dense_are_demoted(
     assert recompiled == [code, code]
     assert f"{DOWN}: 4 tokens together need 70 % of its neurons" in caplog.text
     call(graph(code, kept=61, tokens=1))
-    assert f"{DOWN}: a token needs 61 % of its neurons; it goes back" in caplog.text
+    assert f"{DOWN}: a token needs 61 % of its neurons; the next call" in caplog.text
 
 
 def test_after_an_error_nothing_is_looked_at(device: Device) -> None:

@@ -106,7 +106,7 @@ def test_a_driver_that_is_older_than_the_compiler_is_named(
         assert reason is None
         return
     assert reason is not None
-    assert "the driver knows CUDA 11.8 and does not load its code" in reason
+    assert "the driver supports only CUDA 11.8 and cannot load its code" in reason
     assert "update the driver, or install" in reason
 
 

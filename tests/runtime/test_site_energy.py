@@ -68,7 +68,7 @@ def test_a_site_that_drops_too_much_is_named_once(
     (message,) = said()
     assert message.startswith(f"{DOWN}: 2:4 drops 10.00 % of the energy")
     assert "sparse.max_dropped_energy allows (5.00 %)" in message
-    assert "off by about 32 %" in message
+    assert "the relative error of its product is about 32 %" in message
     assert "inductor_sparse.calibrate()" in message
 
 

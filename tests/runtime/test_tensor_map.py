@@ -49,7 +49,7 @@ def test_layout(outer: int, inner: int, pad: int, transposed: bool) -> None:
         (torch.zeros(4, 32).double(), "has dtype torch.float64"),
         (torch.zeros(4, 33).half(), "66 bytes apart: a multiple of 16 not below 66"),
         (torch.zeros(32, 4).half().t(), "axis 1 must be contiguous; make it .contig"),
-        (torch.zeros(4, 40).half()[:, 4:], "starts 8 bytes behind a multiple of 16"),
+        (torch.zeros(4, 40).half()[:, 4:], "starts 8 bytes past a 16-byte boundary"),
         (torch.zeros(1, 32).half().expand(4, 32), "has rows 0 bytes apart"),
         (torch.zeros(4, 32), "a box of 32 is 128 bytes wide, a multiple of 16 and at "),
     ],
