@@ -199,7 +199,7 @@ def test_a_few_tokens_are_told_by_a_rule(arch: str) -> None:
     assert decision.reason is Reason.KERNEL_UNVERIFIED
     assert decision.detail == (
         f"the bfloat16 kernel of activation_spmm never ran on {arch}; "
-        "sparse.allow_unverified lets it"
+        "set sparse.allow_unverified to use it"
     )
     assert run(M=1, arch=arch, options=UNVERIFIED)[1].op == "activation_spmm"
 

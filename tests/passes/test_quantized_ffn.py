@@ -217,7 +217,7 @@ def test_a_few_tokens_skip_zeros_in_16_bits() -> None:
     assert calls(gm, "quantized_weight") == []
     assert decision.detail.endswith(
         "; rows not quantized: the float8_e4m3fn kernel of activation_spmm never ran "
-        "on sm_90; sparse.allow_unverified lets it"
+        "on sm_90; set sparse.allow_unverified to use it"
     )
     _, decision = run(sizes=ONE_TOKEN, quantize="none", options={"cuda_graphs": True})
     assert "rows" not in decision.detail
@@ -264,7 +264,7 @@ def computed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         ),
         (
             {"fn": computed},
-            "the weight is not stored row after row and cannot be copied once: it is "
+            "the weight is not row-contiguous, and no copy of it can be kept: it is "
             "computed, or passed in as an argument",
         ),
     ],
