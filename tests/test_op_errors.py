@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inductor_sparse import formats, ops
+from inductor_sparse import formats, ops, reference
 from inductor_sparse.errors import SparseShapeError
 
 assert ops.SCHEMAS, "importing the module is what registers the ops"
@@ -42,6 +42,7 @@ VALID: dict[str, dict[str, Any]] = {
 }
 
 SPMM, GLU, WINDOW, PACK, MM24 = VALID
+MM24_OP = torch.ops.inductor_sparse.sparse24_mm
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (SPMM, {"w": zeros(4, 5)}, "w has shape (4, 5), expected [3, N]"),
     (SPMM, {"w": zeros(3)}, "w has shape (3,), expected [3, N]"),
@@ -93,6 +94,25 @@ def test_refused(name: str, change: dict[str, Any], message: str, traced: bool) 
     with pytest.raises(SparseShapeError) as error:
         getattr(torch.ops.inductor_sparse, name)(**arguments)
     assert message in str(error.value)
+
+
+def test_sums_of_int8_fit_int32() -> None:
+    """The largest that is accepted is right, and one more block is refused."""
+    K = reference.INT8_MAX_K // 64 * 64
+    assert K // 2 * 128 * 128 < 2**31 <= (K // 2 + 64) * 128 * 128
+    with FakeTensorMode():
+        for more, refused in ((0, False), (64, True)):
+            values = torch.empty(formats.values_shape(4, K + more), dtype=I8)
+            words = formats.metadata_shape(4, K + more)
+            metadata = torch.empty(words, dtype=torch.int32)
+            w = torch.empty(K + more, 8, dtype=I8)
+            if not refused:
+                assert MM24_OP(values, metadata, w).shape == (4, 8)
+                continue
+            with pytest.raises(SparseShapeError, match="may overflow int32; split"):
+                MM24_OP(values, metadata, w)
+            e4m3 = torch.float8_e4m3fn
+            assert MM24_OP(values.to(e4m3), metadata, w.to(e4m3)).shape == (4, 8)
 
 
 @pytest.mark.parametrize("name", VALID)

@@ -67,8 +67,9 @@ _STEP = 16
 
 _INT8_MIN_TOKENS = 17
 """``_int_mm`` refuses fewer rows on a GPU."""
-_INT8_MAX_K = (2**31 - 1) // 127**2
-"""Above this a sum of products of int8 may not fit in 32 bits."""
+_INT8_MAX_K = reference.INT8_MAX_K // 2
+"""Above this a sum of products of int8 may overflow; a packed operand has half of
+them, so that its limit is higher."""
 
 _OPERANDS = (aten.mm.default, aten.addmm.default)
 _ops = torch.ops.inductor_sparse

@@ -33,6 +33,9 @@ GROUP = 4
 KEPT = 2
 BLOCK = 64
 
+INT8_MAX_K = (2**31 - 1) // 128**2 * GROUP // KEPT
+"""Columns of a packed int8 operand whose products add up to an int32 in any case."""
+
 
 def _relu2(z: Tensor) -> Tensor:
     return torch.relu(z).square()
@@ -260,6 +263,8 @@ def check_sparse24_mm(
     _check_operands24(op, x24, w)
     check_shape(op, "values", x24, "M", "S")
     check_shape(op, "w", w, "K", "N")
+    if w.dtype == torch.int8 and isinstance(w.shape[0], int):
+        _check_int32_sums(op, w.shape[0])
     scales = {
         "row_scale": (row_scale, x24.shape[0]),
         "col_scale": (col_scale, w.shape[1]),
@@ -271,6 +276,15 @@ def check_sparse24_mm(
     if out_dtype is not None and out_dtype not in DTYPES:
         names = ", ".join(str(dtype) for dtype in DTYPES)
         raise SparseShapeError(f"{op}: out_dtype is {out_dtype}; use one of {names}")
+
+
+def _check_int32_sums(op: str, K: int) -> None:
+    """Raise where sums of the products of kept int8 may not fit int32."""
+    if K > INT8_MAX_K:
+        raise SparseShapeError(
+            f"{op}: w has {K} rows, and sums over more than {INT8_MAX_K} of int8 may "
+            "overflow int32; split the product, or use torch.float8_e4m3fn"
+        )
 
 
 def result_dtype24(
