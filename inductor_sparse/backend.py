@@ -159,10 +159,10 @@ def _check_option(name: str, value: object) -> None:
     types = _types()
     if name not in types:
         near = difflib.get_close_matches(name, types, n=1, cutoff=0.4)
-        hint = f'did you mean "{PREFIX}{near[0]}"?' if near else ""
+        hint = f' did you mean "{PREFIX}{near[0]}"?' if near else ""
         known = ", ".join(f"{PREFIX}{known}" for known in sorted(types))
         raise SparseOptionError(
-            f'unknown option "{PREFIX}{name}"; {hint} Known options: {known}'
+            f'unknown option "{PREFIX}{name}";{hint} known options: {known}'
         )
     expected = types[name]
     accepted = (int, float) if expected is float else (expected,)

@@ -30,7 +30,7 @@ def test_ours_lose_the_prefix_and_inductors_are_passed_on() -> None:
     ("key", "value", "message"),
     [
         ("sparse.strickt", True, 'did you mean "sparse.strict"'),
-        ("sparse.zzz", 1, "Known options: sparse.activation_format"),
+        ("sparse.zzz", 1, "known options: sparse.activation_format"),
         ("sparse.strict", 1, "takes bool, got int 1"),
         ("sparse.strict", "yes", "takes bool, got str 'yes'"),
         ("sparse.max_density", True, "takes float, got bool True"),

@@ -52,7 +52,9 @@ def test_code_blocks_run(
 ) -> None:
     # The blocks of a page are one program, in order, run in a folder of its own.
     monkeypatch.chdir(tmp_path)
-    mktestdocs.check_md_file(page, memory=True)
+    # What a page sets is set for that page alone.
+    with config.patch(config.get_config_copy()):
+        mktestdocs.check_md_file(page, memory=True)
 
 
 def test_no_source_file_is_oversized() -> None:

@@ -171,7 +171,7 @@ def choose(
         gain, ffn = packing.gain(M, K, N), packing.quantized
         choice = Choice(Regime.PACK, gain, f"{limits}{packing.note}", quantized=ffn)
         return loses_too_much(decision, context) or choice
-    return _refusal(obstacles, limits, M)
+    return _refusal(obstacles, limits, M, packing.gain(M, K, N))
 
 
 def _pack_from(site: Site, packing: Packing, context: PassContext) -> int | None:
@@ -232,8 +232,10 @@ def loses_too_much(decision: Decision, context: PassContext) -> Rejection | None
     )
 
 
-def _refusal(obstacles: Obstacles, limits: Limits, tokens: int) -> Rejection:
-    """Why none of the regimes is taken for so many tokens."""
+def _refusal(
+    obstacles: Obstacles, limits: Limits, tokens: int, pack_gain: float
+) -> Rejection:
+    """Why none of the regimes is taken for so many tokens; 2:4 would gain so much."""
     if limits.skip_up_to < tokens <= limits.expected_up_to:
         return Rejection(Reason.TOO_DENSE, f"{OBSERVED_TOO_DENSE}; {limits}")
     wanted = None
@@ -244,9 +246,13 @@ def _refusal(obstacles: Obstacles, limits: Limits, tokens: int) -> Rejection:
     found = [obstacle for obstacle in obstacles.values() if obstacle is not None]
     if wanted is None and len(found) == len(obstacles) and found:
         wanted = found[0]
-    return wanted or Rejection(
-        Reason.NOT_PROFITABLE, f"with {tokens} tokens the dense product wins; {limits}"
-    )
+    why = f"with {tokens} tokens the dense product wins"
+    if limits.pack_from is not None and tokens >= limits.pack_from:
+        why = (
+            f"with {tokens} tokens 2:4 is expected to gain {pack_gain:.2f}x, and a "
+            f"fixed number of tokens must gain {cuda.PREFILL_MARGIN}x"
+        )
+    return wanted or Rejection(Reason.NOT_PROFITABLE, f"{why}; {limits}")
 
 
 def _packing(

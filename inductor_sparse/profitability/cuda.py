@@ -62,9 +62,10 @@ _GATED_FIXED_US = {1: 11.0, 2: 25.0, 4: 34.0, GLU_MAX_TOKENS: 60.0}
 
 _CLUSTERS = 66
 """Pairs of multiprocessors, each working on two tiles one below the other."""
-_HALF_TILES = ((128, 256, 1.0), (128, 192, 0.92), (128, 128, 0.8))
-_BYTE_TILES = ((128, 256, 1.0), (128, 192, 0.85), (128, 128, 0.62))
-"""Rows, columns, and measured rate relative to the largest tile."""
+_TILE_ROWS = 128
+_HALF_TILES = ((256, 1.0), (192, 0.92), (128, 0.8))
+_BYTE_TILES = ((256, 1.0), (192, 0.85), (128, 0.62))
+"""Columns, and measured rate relative to the largest tile."""
 
 _DENSE_TFLOPS = {"bfloat16": 840.0, "float16": 840.0}
 _DENSE_TFLOPS_ELSE = 1580.0
@@ -282,9 +283,9 @@ def _packed_us(M: int, K: int, N: int, dtype: str) -> float:
     tiles = _HALF_TILES if dtype in _PACKED_TFLOPS else _BYTE_TILES
     weight_us = K * N * _ITEMSIZE.get(dtype, 2) / _READ_BYTES_PER_US
 
-    def one(rows: int, columns: int, relative: float) -> float:
-        pairs = math.ceil(M / (2 * rows)) * math.ceil(N / columns)
-        pair_us = 4 * rows * columns * K / (rate * relative)
+    def one(columns: int, relative: float) -> float:
+        pairs = math.ceil(M / (2 * _TILE_ROWS)) * math.ceil(N / columns)
+        pair_us = 4 * _TILE_ROWS * columns * K / (rate * relative)
         return max(math.ceil(pairs / _CLUSTERS) * pair_us, weight_us)
 
     return _PACKED_FIXED_US + min(one(*tile) for tile in tiles)
@@ -339,12 +340,12 @@ def prefill_min_tokens(
 ) -> int | None:
     """From how many tokens on packing is expected to win; None if it never is.
 
-    From there on at every number of tokens: rounds of tiles make the gain go up and
-    down, so all sizes up to :data:`PREFILL_TOKENS`' last are looked at.
+    Rounds of tiles make the gain go up and down: from there on it is :data:`MARGIN` at
+    least for whole tiles, and never a loss, not even for one token more than those.
     """
 
-    def wins(M: int) -> bool:
-        gain = prefill_gain(
+    def gain(M: int) -> float:
+        return prefill_gain(
             M,
             K,
             N,
@@ -353,11 +354,11 @@ def prefill_min_tokens(
             replaces_activation=replaces_activation,
             graphs=graphs,
         )
-        return gain >= MARGIN
 
     if min(K, N) < PREFILL_MIN_SIZE:
         return None
-    last = PREFILL_TOKENS[-1]
-    losing = [M for M in range(128, 2 * last + 1, 128) if not wins(M)]
-    safe = max(losing, default=0) + 1
-    return next((M for M in PREFILL_TOKENS if safe <= M), None)
+    tile, most = 2 * _TILE_ROWS, 2 * PREFILL_TOKENS[-1]
+    whole = [M for M in range(tile, most + 1, tile) if gain(M) < MARGIN]
+    begun = [M for M in range(1, most, tile) if gain(M) < 1]
+    losing = max([*whole, *begun], default=0)
+    return next((M for M in PREFILL_TOKENS if losing < M), None)

@@ -122,6 +122,18 @@ def test_between_the_two_is_dense() -> None:
     assert len(calls(gm, "mm")) == 1
 
 
+def test_a_fixed_number_of_tokens_that_gains_too_little_stays_dense() -> None:
+    # Above the limit, and one token more than a whole round of tiles.
+    gain = profitability.cuda.prefill_gain(2305, K, N, "bfloat16", graphs=True)
+    assert 1 < gain < profitability.cuda.PREFILL_MARGIN
+    _, decision = run(M=2305)
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert decision.detail == (
+        f"with 2305 tokens 2:4 is expected to gain {gain:.2f}x, and a fixed number of "
+        f"tokens must gain 1.12x; {LIMITS}"
+    )
+
+
 def test_a_number_of_tokens_that_fills_the_gpu_is_packed_earlier() -> None:
     # 1024 tokens are one round of tiles, 1152 begin a second one.
     assert run(M=1024)[1].op == "sparse24_mm"

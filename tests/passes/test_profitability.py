@@ -56,3 +56,19 @@ def test_break_even_falls_with_tokens_and_precision() -> None:
     assert break_even(None, "bfloat16") == break_even(10**6, "bfloat16")
     assert break_even(33, "bfloat16") < break_even(33, "float32")
     assert break_even(33, "float16") == break_even(33, "float32")
+
+
+SIZES = [(28672, 8192), (21504, 5120), (8192, 8192), (16384, 4096), (4096, 2048)]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(("K", "N"), SIZES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_no_number_of_tokens_of_the_packing_regime_loses(
+    K: int, N: int, dtype: str, graphs: bool
+) -> None:
+    begin = p.cuda.prefill_min_tokens(K, N, dtype, graphs=graphs)
+    assert begin is not None
+    # Among them one token more than each number of whole tiles.
+    tokens = {*range(begin + 1, 16384, 256), *range(begin, 16384, 97)}
+    assert min(p.cuda.prefill_gain(M, K, N, dtype, graphs=graphs) for M in tokens) >= 1
