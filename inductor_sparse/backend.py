@@ -139,7 +139,7 @@ def split_options(
         _check_option(name, value)
         ours[name] = float(value) if name in _FLOATS else value
     quantize = ours.get("quantize", config.quantize)
-    if ours.get("quantize_scales") == "predicted" and quantize == "none":
+    if ours.get("quantize_scales") == "predicted" and quantize != "fp8":
         raise SparseOptionError(
             f'option "{PREFIX}quantize_scales": "predicted" needs '
             f'"{PREFIX}quantize": "fp8"'

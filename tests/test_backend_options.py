@@ -51,6 +51,14 @@ def test_a_bad_option_names_the_nearest_good_one(
         backend.split_options({key: value})
 
 
+def test_predicted_scales_are_those_of_fp8() -> None:
+    scales = {"sparse.quantize_scales": "predicted"}
+    with pytest.raises(SparseOptionError, match=r'needs "sparse\.quantize": "fp8"'):
+        backend.split_options({**scales, "sparse.quantize": "int8"})
+    ours, _ = backend.split_options({**scales, "sparse.quantize": "fp8"})
+    assert ours == {"quantize_scales": "predicted", "quantize": "fp8"}
+
+
 def test_configs_for_packaging_carry_the_pass_and_freeze() -> None:
     configs = inductor_sparse.inductor_configs(disabled_rules="relu_matmul")
     assert configs["freezing"] is True

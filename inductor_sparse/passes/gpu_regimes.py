@@ -250,7 +250,7 @@ def _refusal(
     if limits.pack_from is not None and tokens >= limits.pack_from:
         why = (
             f"with {tokens} tokens 2:4 is expected to gain {pack_gain:.2f}x, and a "
-            f"fixed number of tokens must gain {cuda.PREFILL_MARGIN}x"
+            f"static number of tokens must gain {cuda.PREFILL_MARGIN}x"
         )
     return wanted or Rejection(Reason.NOT_PROFITABLE, f"{why}; {limits}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from inductor_sparse import profitability
 from inductor_sparse.decisions import Decision, Reason, Tier
 
 HINTS: dict[Reason, str] = {
@@ -96,5 +97,12 @@ def _is_too_dense(decision: Decision) -> bool:
     The gain of 2:4 does not depend on that: it is below one where the format was asked
     for at a size at which it does not pay.
     """
-    gain = decision.expected_gain
-    return gain is not None and gain <= 1.0 and decision.tier is not Tier.APPROXIMATE
+    gain, density = decision.expected_gain, decision.density
+    if gain is None or gain > 1.0 or decision.tier is Tier.APPROXIMATE:
+        return False
+    if density is None or decision.device != "cpu":
+        return True
+    # Where a plan would leave the site as it is there is nothing to advise.
+    tokens = decision.shapes["M"]
+    known = tokens if isinstance(tokens, int) else None
+    return density > profitability.break_even_density(known, decision.dtype)

@@ -129,8 +129,8 @@ def test_a_fixed_number_of_tokens_that_gains_too_little_stays_dense() -> None:
     _, decision = run(M=2305)
     assert decision.reason is Reason.NOT_PROFITABLE
     assert decision.detail == (
-        f"with 2305 tokens 2:4 is expected to gain {gain:.2f}x, and a fixed number of "
-        f"tokens must gain 1.12x; {LIMITS}"
+        f"with 2305 tokens 2:4 is expected to gain {gain:.2f}x, and a static number "
+        f"of tokens must gain 1.12x; {LIMITS}"
     )
 
 

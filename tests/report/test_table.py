@@ -177,12 +177,32 @@ def test_every_reason_has_a_hint_and_the_commonest_wins() -> None:
     assert hint([other, DENSE, DENSE, decision()]).startswith("too-dense: ")
     assert hint([other, DENSE]).startswith("no-kernel-yet: ")
     assert hint([decision()]) == ""
-    idle = decision(expected_gain=1.0)
+    idle = decision(expected_gain=1.0, density=0.7)
     forced = decision(expected_gain=0.8, tier=Tier.APPROXIMATE)
     assert hint([idle, idle, decision()]).startswith("2 applied sites had too many")
     assert hint([forced, decision()]) == ""
     assert hint([forced, idle]).startswith("1 applied site had too many")
     assert hint([idle, other]).startswith("no-kernel-yet: ")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density", "device", "said"),
+    [
+        (4, 0.9, "cpu", False),  # a plan would skip as well: no density loses
+        (64, 0.5, "cpu", False),
+        (64, 0.7, "cpu", True),
+        ("s0", 0.7, "cpu", True),
+        (64, None, "cpu", True),
+        (4, 0.9, "cuda", True),
+    ],
+)
+def test_a_plan_is_advised_where_it_changes_something(
+    tokens: int | str, density: float | None, device: str, said: bool
+) -> None:
+    shapes: dict[str, int | str] = {"M": tokens, "K": 256, "N": 64}
+    idle = decision(expected_gain=1.0, density=0.7)
+    idle = dataclasses.replace(idle, density=density, shapes=shapes, device=device)
+    assert hint([idle]).startswith("1 applied site had too many") == said
 
 
 @pytest.mark.parametrize(
