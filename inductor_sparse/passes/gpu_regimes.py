@@ -101,7 +101,7 @@ class Limits:
 
     def __str__(self) -> str:
         up_to, begin = self.skip_up_to, self.pack_from
-        skip = f"wins up to {up_to} tokens" if up_to else "never wins"
+        skip = f"wins up to {_counted(up_to)}" if up_to else "never wins"
         pack = "never wins" if begin is None else f"wins from {begin} tokens on"
         told = {
             Regime.SKIP: f"skipping zeros {skip}",
@@ -111,6 +111,10 @@ class Limits:
         launched = "" if self.graphs else ", without CUDA graphs,"
         which = "a symbolic number of tokens" if self.symbolic else "this shape"
         return f"for {which}{launched} {limits}"
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
 def choose_on_gpu(
@@ -246,7 +250,7 @@ def _refusal(
     found = [obstacle for obstacle in obstacles.values() if obstacle is not None]
     if wanted is None and len(found) == len(obstacles) and found:
         wanted = found[0]
-    why = f"with {tokens} tokens the dense product wins"
+    why = f"with {_counted(tokens)} the dense product wins"
     if limits.pack_from is not None and tokens >= limits.pack_from:
         why = (
             f"with {tokens} tokens 2:4 is expected to gain {pack_gain:.2f}x, and a "

@@ -63,7 +63,7 @@ def test_without_glu_spmm_cost_and_limits_are_those_of_the_product(
     assert len(calls(gm, "glu_spmm")) == 0
     assert decision.expected_gain == cuda.decode_gain(M, K, N, "bfloat16", density)
     limit = cuda.decode_max_tokens(K, N, "bfloat16", density)
-    assert f"skipping zeros wins up to {limit} tokens" in decision.detail
+    assert f"skipping zeros wins up to {limit} token" in decision.detail
 
 
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.2])
@@ -86,7 +86,7 @@ def test_the_form_that_takes_less_time_is_taken(M: int, density: float) -> None:
             M, K, N, "bfloat16", density, gated=decision.op == "glu_spmm"
         )
         assert decision.expected_gain == gain
-        assert f"wins up to {max(limits.values())} tokens" in decision.detail
+        assert f"wins up to {max(limits.values())} token" in decision.detail
 
 
 def test_both_forms_have_their_tokens() -> None:
