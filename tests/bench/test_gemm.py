@@ -106,7 +106,7 @@ def test_data_of_one_shape_share_what_was_prepared(
         return Rival(bind, sparse=False)
 
     monkeypatch.setitem(gemm.RIVALS, "counted", Builder(build))
-    data = ("trained", 0.05), ("trained", 0.1), ("random", 1.0)
+    data = ("trained", 0.05), ("random", 1.0)
     todo = [
         dataclasses.replace(CASE, tokens=tokens, data=kind, density=density)
         for tokens in (64, 32)
@@ -117,7 +117,7 @@ def test_data_of_one_shape_share_what_was_prepared(
     assert [gemm.row_key(row) for row in rows] == [case.key for case in todo]
     # Every row multiplies operands of its own, and is checked against them.
     found = [(x != 0).float().mean().item() for x in bound]
-    assert found == pytest.approx([0.05, 0.1, 1.0] * 2, rel=0.4)
+    assert found == pytest.approx([0.05, 1.0] * 2, rel=0.4)
     assert all(row["variants"]["counted"]["max_rel_err"] < 0.01 for row in rows)
 
 
