@@ -123,15 +123,13 @@ def generate(
     return fake_cuda.generate(fn, *tensors, meta(K, dtype=FP32), residual, **how)
 
 
-COMPILED = [((9, 0), M, INT8, dtype) for M in (1, 2, 4, 8) for dtype in (BF16, FP32)]
+# On Hopper every number of tokens; elsewhere each dtype that there is.
+COMPILED = [((9, 0), M, INT8, BF16) for M in (1, 2, 4, 8)]
 COMPILED += [((9, 0), M, E4M3, dtype) for M in (1, 8) for dtype in (FP16, FP32)]
-COMPILED += [((8, 0), M, INT8, BF16) for M in (1, 4)]
-COMPILED += [((8, 9), M, E4M3, BF16) for M in (1, 4)]
-COMPILED += [((8, 6), 4, INT8, BF16), ((12, 0), 4, E4M3, BF16)]
-COMPILED += [((8, 0), 2, INT8, FP32), ((8, 0), 8, INT8, FP16)]
-COMPILED += [((8, 9), 2, E4M3, FP16), ((8, 9), 8, INT8, BF16)]
+COMPILED += [((8, 0), 1, INT8, BF16), ((8, 0), 2, INT8, FP32), ((8, 0), 8, INT8, FP16)]
+COMPILED += [((8, 9), 1, E4M3, BF16), ((8, 9), 2, E4M3, FP16), ((8, 9), 8, INT8, BF16)]
 COMPILED += [((10, 0), 1, INT8, BF16), ((10, 0), 2, E4M3, FP32)]
-COMPILED += [((10, 0), 8, E4M3, BF16)]
+COMPILED += [((8, 6), 4, INT8, BF16), ((12, 0), 4, E4M3, BF16)]
 
 
 @pytest.mark.parametrize(("capability", "M", "dtype", "z_dtype"), COMPILED)

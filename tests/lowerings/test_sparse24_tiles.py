@@ -20,10 +20,10 @@ TILES = [
     pytest.param(dtype, order, tile, id=f"{dtype}-{order}-{tile}")
     for dtype, order, count in (
         (BF16, "k", 99),
-        (E4M3, "k", 99),
-        (BF16, "n", 2),
+        (BF16, "n", 99),
         (torch.float16, "k", 1),
-        (torch.int8, "k", 1),
+        (E4M3, "k", 99),
+        (torch.int8, "k", 99),
     )
     for tile in sparse24_kernel.configs(dtype, order)[:count]
 ]
@@ -42,6 +42,33 @@ def source(dtype: torch.dtype, order: str, tile: TileConfig) -> str:
     )
 
 
+def disassembled(cubin: Path) -> list[str]:
+    """The lines of a kernel's machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    listing = subprocess.run(
+        [tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
+    )
+    return listing.stdout.splitlines()
+
+
+def main_loop(sass: list[str]) -> list[str]:
+    """The shortest loop that multiplies."""
+    labels = {
+        found.group(1): at
+        for at, line in enumerate(sass)
+        if (found := re.match(r"\s*(\.L_x_\d+):", line))
+    }
+    loops = []
+    for end, line in enumerate(sass):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        body = sass[labels.get(target.group(1), end) : end] if target else []
+        if any("GMMA" in instruction for instruction in body):
+            loops.append(body)
+    return min(loops, key=len)
+
+
 @pytest.mark.parametrize("dtype, order, tile", TILES)
 def test_a_tile_compiles_and_its_instructions_overlap(
     dtype: torch.dtype, order: str, tile: TileConfig, tmp_path: Path
@@ -56,6 +83,10 @@ def test_a_tile_compiles_and_its_instructions_overlap(
     assert "C75" not in compiled.log
     assert compiled.registers <= 168
     assert compiled.local <= 64
+    # What is spilled is so outside of the main loop.
+    loop = main_loop(disassembled(tmp_path / "kernel.cubin"))
+    assert sum("GMMA" in line for line in loop) >= 2
+    assert [line for line in loop if "LDL" in line or "STL" in line] == []
 
 
 @pytest.mark.parametrize("dtype, order, tile", TILES)
@@ -80,51 +111,3 @@ def test_copies_fill_what_the_kernel_expects(
         box["box"][0] * item for box, item in zip(boxes[:3], items[:3], strict=True)
     ]
     assert [box["swizzle"] for box in boxes] == [*widths, 0]
-
-
-def main_loop(sass: list[str]) -> list[str]:
-    """The shortest loop that multiplies."""
-    labels = {
-        found.group(1): at
-        for at, line in enumerate(sass)
-        if (found := re.match(r"\s*(\.L_x_\d+):", line))
-    }
-    loops = []
-    for end, line in enumerate(sass):
-        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        body = sass[labels.get(target.group(1), end) : end] if target else []
-        if any("GMMA" in instruction for instruction in body):
-            loops.append(body)
-    return min(loops, key=len)
-
-
-EVERY = [
-    pytest.param(dtype, order, tile, id=f"{dtype}-{order}-{tile}")
-    for dtype, order, count in (
-        (BF16, "k", 99),
-        (BF16, "n", 99),
-        (torch.float16, "k", 1),
-        (E4M3, "k", 99),
-        (torch.int8, "k", 99),
-    )
-    for tile in sparse24_kernel.configs(dtype, order)[:count]
-]
-
-
-@pytest.mark.parametrize("dtype, order, tile", EVERY)
-def test_nothing_is_spilled_in_the_main_loop(
-    dtype: torch.dtype, order: str, tile: TileConfig, tmp_path: Path
-) -> None:
-    import triton
-
-    fake_cuda.compile_cuda(source(dtype, order, tile), tmp_path)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    sass = subprocess.run(
-        [tools / "nvdisasm", "-c", tmp_path / "kernel.cubin"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    loop = main_loop(sass)
-    assert sum("GMMA" in line for line in loop) >= 2
-    assert [line for line in loop if "LDL" in line or "STL" in line] == []
