@@ -36,7 +36,7 @@ DTYPES = {
 def at_least_two(text: str) -> int:
     """Read a number of new tokens: the prompt gives one, and decoding the others."""
     if (count := positive(text)) < 2:
-        raise argparse.ArgumentTypeError(f"{count} new token needs no decoding: 2 do")
+        raise argparse.ArgumentTypeError("2 or more: the first is of the prefill")
     return count
 
 

@@ -145,7 +145,7 @@ def test_eager_generation_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--new", "1"), "argument --new: 1 new token needs no decoding: 2 do"),
+        (("--new", "1"), "argument --new: 2 or more: the first is of the prefill"),
         (("--new", "0"), "argument --new: '0' is not a whole number above 0"),
         (("--repeats", "0"), "argument --repeats: '0' is not a whole number above 0"),
         (("--prompt", "0"), "argument --prompt: '0' is not a whole number above 0"),
