@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import sys
 import time
@@ -284,21 +283,8 @@ def _bench_pack(arguments: argparse.Namespace) -> int:
     from inductor_sparse.bench import pack, tables
 
     _by_device(arguments)
-    done = {pack.row_key(row) for row in _kept_rows(arguments)}
-    todo = pack.cases(
-        tokens=arguments.tokens,
-        sizes=_sizes(arguments),
-        dtypes=arguments.dtype,
-        device=arguments.device,
-    )
-    todo = [case for case in todo if dataclasses.astuple(case) not in done]
-    return _run_bench(
-        arguments,
-        tables.PACK_CUDA if arguments.device == "cuda" else tables.PACK,
-        len(todo),
-        lambda report: pack.run(todo, arguments.seconds, report),
-        append=arguments.resume,
-    )
+    on_gpu = arguments.device == "cuda"
+    return _bench_sizes(arguments, pack, tables.PACK_CUDA if on_gpu else tables.PACK)
 
 
 def _bench_linear(arguments: argparse.Namespace) -> int:
@@ -306,8 +292,15 @@ def _bench_linear(arguments: argparse.Namespace) -> int:
     from inductor_sparse.bench import linear, tables
 
     _by_device(arguments)
-    done = {linear.row_key(row) for row in _kept_rows(arguments)}
-    todo = linear.cases(
+    return _bench_sizes(arguments, linear, tables.LINEAR)
+
+
+def _bench_sizes(
+    arguments: argparse.Namespace, bench: Any, columns: Sequence[Column]
+) -> int:
+    """Run a benchmark whose cases are tokens, sizes and dtypes alone."""
+    done = {bench.row_key(row) for row in _kept_rows(arguments)}
+    todo = bench.cases(
         tokens=arguments.tokens,
         sizes=_sizes(arguments),
         dtypes=arguments.dtype,
@@ -316,9 +309,9 @@ def _bench_linear(arguments: argparse.Namespace) -> int:
     todo = [case for case in todo if case.key not in done]
     return _run_bench(
         arguments,
-        tables.LINEAR,
+        columns,
         len(todo),
-        lambda report: linear.run(todo, arguments.seconds, report),
+        lambda report: bench.run(todo, arguments.seconds, report),
         append=arguments.resume,
     )
 

@@ -49,6 +49,11 @@ class PackCase:
     dtype: str
     device: str = "cpu"
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The :func:`row_key` of its row."""
+        return dataclasses.astuple(self)
+
 
 def cases(
     *,

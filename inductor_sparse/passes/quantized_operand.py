@@ -127,7 +127,7 @@ def _scaling(node: fx.Node) -> tuple[fx.Node, float, bool] | None:
     """``(x, by, inverse)`` of a node ``by * x``, or ``by / x``, with ``by`` above 0."""
     if not is_call(node, _SCALINGS):
         return None
-    first, second = (constant_of(argument) for argument in node.args[:2])
+    first, second = (_constant_of(argument) for argument in node.args[:2])
     divides = node.target is aten.div.Tensor
     if second is not None and second > 0:
         return input_of(node), 1 / second if divides else second, False
@@ -155,11 +155,8 @@ def _keeps_value(node: fx.Node) -> bool:
     """Whether a node is a view, or a cast to a float of 16 bits or more."""
     if is_call(node, ORDERED_VIEWS):
         return True
-    return is_cast(node) and node.meta["val"].dtype.itemsize > 1 and _is_float(node)
-
-
-def _is_float(node: fx.Node) -> bool:
-    return bool(node.meta["val"].dtype.is_floating_point)
+    dtype = node.meta["val"].dtype if is_cast(node) else torch.uint8
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _bounds(node: fx.Node) -> tuple[float, float]:
@@ -168,21 +165,21 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
         if any(isinstance(argument, fx.Node) for argument in node.args[1:]):
             return math.nan, math.nan
         return clip_bounds(node)
-    bound = constant_of(node.args[1])
+    bound = _constant_of(node.args[1])
     if bound is None:
         return math.nan, math.nan
     largest = node.target is aten.maximum.default
     return (bound, math.inf) if largest else (-math.inf, bound)
 
 
-def constant_of(argument: object) -> float | None:
+def _constant_of(argument: object) -> float | None:
     """The number that an argument is, also as a tensor made of it; None for another."""
     if isinstance(argument, (int, float)):
         return float(argument)
     if is_call(argument, {aten.full.default}):
-        return constant_of(argument.args[1])
+        return _constant_of(argument.args[1])
     if is_call(argument, {aten.scalar_tensor.default}):
-        return constant_of(argument.args[0])
+        return _constant_of(argument.args[0])
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from row_quantization import Quantized, by_division, by_product
 from torch import Tensor, nn
 
 from inductor_sparse import decisions
@@ -22,21 +23,6 @@ pytestmark = [
 ]
 
 M, K, N = 8192, 4096, 4096
-FP8 = torch.float8_e4m3fn
-LIMIT = torch.finfo(FP8).max
-
-Quantized = tuple[Tensor, Tensor]
-
-
-def by_division(h: Tensor) -> Quantized:
-    scale = (h.abs().amax(dim=-1, keepdim=True) / LIMIT).float().clamp(min=1e-12)
-    return (h.float() / scale).clamp(-LIMIT, LIMIT).to(FP8), scale
-
-
-def by_product(h: Tensor) -> Quantized:
-    amax = h.abs().amax(dim=-1, keepdim=True).double()
-    scale = (LIMIT / amax.clamp(min=1e-12)).float()
-    return (h.float() * scale).clamp(-LIMIT, LIMIT).to(FP8), scale.reciprocal()
 
 
 class Down(nn.Module):

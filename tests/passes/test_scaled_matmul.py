@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import cuda_sources, generate
+from row_quantization import FP8, LIMIT, Quantized, by_division, by_product
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
@@ -16,23 +17,6 @@ from inductor_sparse import profitability
 from inductor_sparse.decisions import Decision, Reason, Status, Tier
 
 M, K, N = 4096, 16384, 8192
-FP8 = torch.float8_e4m3fn
-LIMIT = torch.finfo(FP8).max
-
-Quantized = tuple[Tensor, Tensor]
-
-
-def by_division(h: Tensor) -> Quantized:
-    """scale = amax / 448, as quantized inference writes it."""
-    scale = (h.abs().amax(dim=-1, keepdim=True) / LIMIT).float().clamp(min=1e-12)
-    return (h.float() / scale).clamp(-LIMIT, LIMIT).to(FP8), scale
-
-
-def by_product(h: Tensor) -> Quantized:
-    """scale = 448 / amax, as quantized training writes it."""
-    amax = h.abs().amax(dim=-1, keepdim=True).double()
-    scale = (LIMIT / amax.clamp(min=1e-12)).float()
-    return (h.float() * scale).clamp(-LIMIT, LIMIT).to(FP8), scale.reciprocal()
 
 
 def by_max(h: Tensor) -> Quantized:
