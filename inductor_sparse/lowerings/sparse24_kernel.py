@@ -21,7 +21,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 """Dtypes of the packed operand, and what PTX calls them."""
 
-_STAGE_ROW_BYTES = {"values": 64, "w": 128}
+_ROW_BYTES = 128
 _METADATA_BYTES = 512
 
 
@@ -31,8 +31,8 @@ class TileConfig:
 
     ``consumers`` warpgroups each compute ``m64`` blocks of 64 rows, all of them
     ``block_n`` columns; a ``cluster`` of CTAs, adjacent along M, shares each tile of
-    ``w``; ``stages`` tiles are in flight; a consumer has ``store_buffers`` buffers of
-    64 x ``store_columns`` output values (32 or 64).
+    ``w``; ``stages`` tiles of it are in flight; a consumer has ``store_buffers`` buffers
+    of 64 x ``store_columns`` output values (32 or 64).
     """
 
     consumers: int = 2
@@ -40,13 +40,18 @@ class TileConfig:
     block_n: int = 256
     stages: int = 5
     cluster: int = 2
-    store_buffers: int = 1
+    store_buffers: int = 2
     store_columns: int = 64
 
     @property
     def block_m(self) -> int:
         """Rows of a tile."""
         return 64 * self.consumers * self.m64
+
+    @property
+    def slots(self) -> int:
+        """Tiles of the packed operand in flight, each for two steps along K."""
+        return self.stages // 2 + 1
 
     @property
     def threads(self) -> int:
@@ -61,16 +66,13 @@ class TileConfig:
     def shared_bytes(self, itemsize: int) -> int:
         """Bytes of dynamic shared memory for operands of ``itemsize`` bytes."""
         words = 2 if itemsize == 1 else 1
-        stage = (
-            self.block_m * _STAGE_ROW_BYTES["values"]
-            + self.block_n * _STAGE_ROW_BYTES["w"]
-            + self.block_m // 64 * words * _METADATA_BYTES
-        )
-        ring = -(-self.stages * stage // 1024) * 1024
+        w = self.stages * self.block_n * _ROW_BYTES
+        metadata = self.block_m // 64 * 2 * words * _METADATA_BYTES
+        values = self.slots * (self.block_m * _ROW_BYTES + metadata)
         store = self.consumers * self.store_buffers * 64 * self.store_columns * 2
         scales = self.consumers * self.block_n * 4  # of the columns, if there are any
         barriers, alignment = 16 * self.stages, 1024
-        return ring + store + scales + barriers + alignment
+        return w + values + store + scales + barriers + alignment
 
     def __str__(self) -> str:
         """As in ``128x256 cluster 2 stages 5``."""
@@ -81,20 +83,22 @@ class TileConfig:
 
 _CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     2: (
-        TileConfig(),
-        TileConfig(m64=2, block_n=128, stages=6),
-        TileConfig(block_n=192, stages=6),
-        TileConfig(block_n=128, stages=7, store_buffers=2),
-        TileConfig(block_n=128, stages=7, store_buffers=2, cluster=1),
-        TileConfig(block_n=64, stages=10, store_buffers=1, cluster=1),
+        TileConfig(store_buffers=1, store_columns=32),
+        TileConfig(m64=2, block_n=192, stages=4, store_buffers=1),
+        TileConfig(m64=2, block_n=128),
+        TileConfig(block_n=192),
+        TileConfig(block_n=128, stages=7, store_buffers=1),
+        TileConfig(block_n=128, stages=7, store_buffers=1, cluster=1),
+        TileConfig(block_n=64, stages=9, cluster=1),
     ),
     1: (
-        TileConfig(store_columns=32),
-        TileConfig(m64=2, block_n=128, stages=5),
-        TileConfig(block_n=192, stages=6),
-        TileConfig(block_n=128, stages=7, store_buffers=2),
-        TileConfig(block_n=128, stages=7, store_buffers=2, cluster=1),
-        TileConfig(block_n=64, stages=10, store_buffers=1, cluster=1),
+        TileConfig(stages=4),
+        TileConfig(m64=2, block_n=192, stages=4, store_buffers=1, store_columns=32),
+        TileConfig(m64=2, block_n=128, store_buffers=1),
+        TileConfig(block_n=192),
+        TileConfig(block_n=128, stages=7, store_buffers=1),
+        TileConfig(block_n=128, stages=7, store_buffers=1, cluster=1),
+        TileConfig(block_n=64, stages=9, cluster=1),
     ),
 }
 
@@ -184,6 +188,7 @@ def kernel_source(
     return hopper.render(
         "cuda/sparse24_mm.cu.jinja",
         **dataclasses.asdict(config),
+        slots=config.slots,
         name=name,
         dtype=DTYPE_NAMES[dtype],
         b_order=b_order,
@@ -222,18 +227,16 @@ def map_boxes(
     lies in memory row by row.
     """
     item = dtype.itemsize
-    values = {"box": (64 // item, config.block_m), "swizzle": 64, "transposed": False}
-    if b_order == "k":
-        box = (128 // item, config.block_n // config.cluster)
-    else:
-        box = (64, 64)
+    line = _ROW_BYTES // item
+    values = {"box": (line, config.block_m), "swizzle": 128, "transposed": False}
+    box = (line, config.block_n // config.cluster) if b_order == "k" else (64, 64)
     w = {"box": box, "swizzle": 128, "transposed": b_order == "k"}
     columns = config.store_columns
     out = {"box": (columns, 64), "swizzle": 2 * columns, "transposed": False}
     if epilogue.transposed:
         out = {"box": (64, columns), "swizzle": 128, "transposed": True}
     # Copies of a plain run of bytes would move the words too, in 16-byte pieces: much
-    # slower, and 8-bit operands with two words for each thread wait for them.
-    metadata = {"box": (128, 1), "swizzle": 0, "transposed": False}
+    # slower.  A box is the words of 64 rows in two steps.
+    metadata = {"box": (128, 4 // item), "swizzle": 0, "transposed": False}
     outputs = () if epilogue.out_dtype is None else (out,)
     return (values, w, *outputs, metadata)

@@ -105,7 +105,8 @@ def test_copies_fill_what_the_kernel_expects(
     parts = tile.cluster if order == "k" else tile.block_n // 64
     assert copied[0] == sizes["A_BYTES"]
     assert copied[1] * parts == sizes["B_BYTES"]
-    assert copied[2:] == [sizes["STORE_BYTES"], sizes["E_BLOCK"]]
+    assert copied[2:] == [sizes["STORE_BYTES"], sizes["E_ROW"]]
+    assert tile.block_m // 64 * copied[3] == sizes["E_BYTES"]
     # A row of a box is as wide as the pattern that it is swizzled by.
     widths = [
         box["box"][0] * item for box, item in zip(boxes[:3], items[:3], strict=True)
