@@ -268,7 +268,10 @@ def torchao(operands: Operands) -> Rival:
     _need_dtype(operands, torch.float8_e4m3fn)
     _need_cuda(operands)
 
-    ops: Any = importlib.import_module("torchao.ops")
+    with warnings.catch_warnings():
+        # Python warns of its text when that is compiled: of nothing that we can change.
+        warnings.simplefilter("ignore")
+        ops: Any = importlib.import_module("torchao.ops")
 
     def bind(o: Operands) -> Product:
         values, metadata = ops.to_sparse_semi_structured_cutlass_sm9x_f8(o.pruned_MK)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -158,10 +158,12 @@ class TorchaoOps:
 def test_torchao_multiplies_with_the_activation_as_its_weight(
     works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def import_module(name: str) -> object:
+        warnings.warn("of the text of torchao", SyntaxWarning, stacklevel=1)
+        return {"torchao.ops": TorchaoOps() if works else object()}[name]
+
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "torchao", object())
-    ops = TorchaoOps() if works else object()
-    monkeypatch.setitem(sys.modules, "torchao.ops", ops)
+    monkeypatch.setattr(rivals.importlib, "import_module", import_module)
     monkeypatch.setattr(rivals, "_need_cuda", lambda operands: None)
     case = dataclasses.replace(CASE, dtype="float8_e4m3fn")
     operands = gemm.make_operands(case)

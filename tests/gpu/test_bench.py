@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from inductor_sparse import cli
 from inductor_sparse.bench import ceilings, pack, timing, variants
@@ -49,6 +50,8 @@ def test_products(dtype: str, tmp_path: Path) -> None:
     assert row["dense_us"] == row["variants"][row["baseline"]]["us"]
 
 
+# Inductor would compile dozens of Triton kernels for the dense side, for minutes.
+@inductor_config.patch(max_autotune_gemm_backends="ATEN")
 def test_data_of_one_product_share_its_kernels(tmp_path: Path) -> None:
     argv = ("--size", "1024x2048", "--tokens", "1024", "--data", "trained,random")
     found = rows(tmp_path, "gemm", *argv, "--dtype", "float8_e4m3fn")

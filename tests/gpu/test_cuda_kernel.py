@@ -139,7 +139,10 @@ def test_an_empty_map_launches_nothing() -> None:
     ("make", "text"),
     [
         (lambda: torch.zeros(8, 33, device="cuda"), "rows 132 bytes apart"),
-        (lambda: torch.zeros(8, 64, device="cuda")[:, 1:], "starts 4 bytes behind"),
+        (
+            lambda: torch.zeros(8, 64, device="cuda")[:, 1:],
+            "starts 4 bytes past a 16-byte boundary",
+        ),
         (lambda: torch.zeros(64, 8, device="cuda").t(), "axis 1 must be contiguous"),
         (lambda: torch.zeros(8, 32), "argument 0 is on cpu"),
     ],

@@ -126,9 +126,10 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton is missing" in decision.detail
 
 
+# The package itself registers nothing; its lowerings bring the ops and their kernels.
 PACK = """
 import torch
-import inductor_sparse
+import inductor_sparse.lowerings
 sparse = torch.ops.inductor_sparse
 z = torch.arange(64 * 256, device="cuda").view(64, 256).remainder(7).bfloat16()
 w = torch.arange(512 * 256, device="cuda").view(512, 256).remainder(5).bfloat16()

@@ -72,9 +72,25 @@ def run(fn: Callable[..., object], *args: Tensor) -> tuple[object, str]:
     return result, code
 
 
-def close(result: Tensor, expected: Tensor) -> None:
-    eps = torch.finfo(result.dtype).eps
-    torch.testing.assert_close(result.double(), expected, rtol=2 * eps, atol=2 * eps)
+def sum_error(values: Tensor, metadata: Tensor, weight: Tensor) -> Tensor | float:
+    """What the sums of a product may be off by, besides the rounding of its result.
+
+    Hopper adds products of e4m3 with 13 bits behind the leading one of the largest of
+    those that it adds at a time, and cuts off the rest: the error is relative to the
+    magnitudes that are added up, which may cancel, not to the result.  A million sums
+    cut like that on the host were off by up to 2**-12 of them where they cancel: twice
+    that is allowed.
+    """
+    if values.dtype != E4M3:
+        return 0.0
+    dense = formats.unpack(values, metadata, weight.shape[1]).double()
+    return 2.0**-11 * (dense.abs() @ weight.double().abs().t())
+
+
+def close(result: Tensor, expected: Tensor, sums_off_by: Tensor | float = 0.0) -> None:
+    eps, found = torch.finfo(result.dtype).eps, result.double()
+    nearest = found.clamp(expected - sums_off_by, expected + sums_off_by)
+    torch.testing.assert_close(found, nearest, rtol=2 * eps, atol=2 * eps)
 
 
 def launches(code: str) -> int:
@@ -140,7 +156,8 @@ def test_a_transposed_copy_is_the_kernel_s_own_store(
         result, code = run(fn, values, metadata, weight, residual)
     assert launches(code) == 1
     assert result.is_contiguous()
-    close(result, (product(values, metadata, weight) + residual.double()).t())
+    y = product(values, metadata, weight) + residual.double()
+    close(result.t(), y, sum_error(values, metadata, weight))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, torch.int8], ids=str)
