@@ -91,10 +91,7 @@ def tuned_sparsify24_quantized(
     values = _empty(_values_shape(M, K), dtype, x)
     metadata = _empty(_metadata_shape(M, K), torch.int32, x)
     columns = _known(K)
-    constants = sparsify24_cuda.activation_constants(activation, select)
-    plan = sparsify24_cuda.row_plan(
-        columns, x.get_dtype(), constants["ORDER"], energy=energy is not None
-    )
+    plan = sparsify24_cuda.row_plan(columns)
     row_scale = _run(
         QUANTIZED_TEMPLATE,
         ir.FixedLayout(x.get_device(), torch.float32, [M]),
@@ -106,7 +103,7 @@ def tuned_sparsify24_quantized(
         WHOLE=plan.whole,
         BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
-        **constants,
+        **sparsify24_cuda.activation_constants(activation, select),
     )
     return values, metadata, row_scale
 

@@ -45,23 +45,13 @@ class RowPlan(NamedTuple):
     num_warps: int
 
 
-def row_plan(
-    features: int | None, dtype: torch.dtype, order: int, *, energy: bool
-) -> RowPlan:
+def row_plan(features: int | None) -> RowPlan:
     """How rows are gone through; one that fits into registers is read once.
 
     Args:
         features: columns of a row; None where that is not known.
-        dtype: of the activation.
-        order: as of :func:`activation_constants`.
-        energy: whether energies are summed.
     """
-    fits = LARGEST_WHOLE_ROW
-    if energy and (order == _ORDERS["largest"] or (order and dtype == torch.float32)):
-        # What was loaded lives until it is summed, next to what is kept: 64 values of a
-        # thread would leave the registers.
-        fits //= 2
-    if features is None or features > fits:
+    if features is None or features > LARGEST_WHOLE_ROW:
         return RowPlan(whole=False, block_k=8192, num_warps=8)
     block = max(formats.BLOCK, 1 << (features - 1).bit_length())
     # 32 values of a thread in short rows, so that there are warps; 64 in long ones.
@@ -138,13 +128,12 @@ def sparsify24_quantized(
     metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
     scales = x.new_empty(M, dtype=torch.float32)
     module = triton_text.load(*QUANTIZED_TEXT, f"{op}_eager")
-    constants = activation_constants(activation, select)
-    plan = row_plan(K, x.dtype, constants["ORDER"], energy=energy is not None)
+    plan = row_plan(K)
     with torch.cuda.device(x.device):
         module.sparsify24_quantized_kernel[(metadata.shape[0] * formats.BLOCK,)](
             *(x, values, metadata, scales, scales if energy is None else energy),
             *(M, K, *x.stride()),
-            **constants,
+            **activation_constants(activation, select),
             FLOAT8=dtype == torch.float8_e4m3fn,
             EVEN_K=K % plan.block_k == 0,
             HAS_ENERGY=energy is not None,

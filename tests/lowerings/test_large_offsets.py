@@ -176,7 +176,7 @@ def test_packing_in_8_bits(
     how: dict[str, Any] = {"first": (M - 16, 0, 0)}
     if eager:
         text: Any = (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager")
-        plan = sparsify24_cuda.row_plan(K, FP16, 0, energy=False)
+        plan = sparsify24_cuda.row_plan(K)
         how |= sparsify24_cuda.activation_constants(*way)
         how |= {"FLOAT8": False, "EVEN_K": True, "HAS_ENERGY": False}
         how |= {"BLOCK_K": plan.block_k, "WHOLE": plan.whole}

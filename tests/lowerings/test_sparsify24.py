@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import Capability, compile_triton, generate
+from machine_code import Compiled
 from torch import Tensor
 
 from inductor_sparse.runtime import sparsify24_cuda
@@ -96,6 +97,52 @@ def test_summing_energies_spills_nothing(
     assert kernel.local == 0
 
 
+def with_and_without_energies(
+    quantized: torch.dtype | None,
+    way: tuple[str, str],
+    x: Tensor,
+    folder: Path,
+    capability: Capability = (9, 0),
+) -> list[Compiled]:
+    """The kernel that sums energies, and the one that does not."""
+    compiled = []
+    for energy in (True, False):
+        function = packing(quantized, way, energy)
+        made = generate(function, x, dynamic=512, capability=capability)
+        compiled += compile_triton(made, folder, capability).values()
+    return compiled
+
+
+def allocated(kernel: Compiled) -> int:
+    """Registers of a thread as a multiprocessor hands them out: eight at a time."""
+    return -(-kernel.registers // 8) * 8
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_energies_leave_as_many_programs_running(
+    dtype: torch.dtype, way: tuple[str, str], capability: Capability, tmp_path: Path
+) -> None:
+    # Most programs sum nothing, and must not pay for those that do.
+    x = empty(512, 16384, dtype=dtype)
+    summing, plain = with_and_without_energies(None, way, x, tmp_path, capability)
+    assert allocated(summing) <= allocated(plain)
+    assert summing.shared <= plain.shared
+
+
+@pytest.mark.parametrize("columns", [4096, 16384, 28672, 40000])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_energies_of_quantized_rows_take_hardly_any_registers(
+    way: tuple[str, str], columns: int, tmp_path: Path
+) -> None:
+    x = empty(512, columns)
+    summing, plain = with_and_without_energies(E4M3, way, x, tmp_path)
+    # The values are not held for it, but the schedule of the compiler is another one.
+    assert allocated(summing) <= allocated(plain) + 8
+    assert summing.shared <= plain.shared
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quantized", [None, E4M3], ids=str)
 def test_other_dtypes(
@@ -157,7 +204,7 @@ def test_rows_that_fit_are_read_once() -> None:
         called = made.code.split("def triton_")[1].split("@triton.jit")[0]
         assert ("sparsify24_whole_row(" in called) == whole
         assert ("sparsify24_split_row(" in called) != whole
-    assert not sparsify24_cuda.row_plan(None, BF16, 0, energy=False).whole
+    assert not sparsify24_cuda.row_plan(None).whole
 
 
 def test_energies_are_added_where_the_runtime_keeps_them() -> None:

@@ -196,8 +196,7 @@ def test_sparsify24_quantized(
     dtype: torch.dtype,
 ) -> None:
     x = quantizable(K, source)
-    order = sparsify24_cuda.activation_constants(*way)["ORDER"]
-    plan = sparsify24_cuda.row_plan(K, source, order, energy=False)
+    plan = sparsify24_cuda.row_plan(K)
     if not whole:
         plan = plan._replace(whole=False, block_k=64)
     results = quantize(interpreter, x, way, dtype, plan)
