@@ -3,8 +3,8 @@
 The grid is persistent, so time is quantised: every cluster of CTAs works through the
 same number of tiles but for the last, partial round, and a round takes as long with one
 tile in it as with all.  Small tiles waste less of the last round; large ones are faster
-for each element, because what ``wgmma`` reads from shared memory, which is the limit,
-serves more of them.
+for each element, because what is copied into shared memory, and read from it, serves
+more of them.
 
 Shape legend: ``M`` rows, ``N`` columns, ``K`` reduction.
 """
@@ -19,16 +19,17 @@ from inductor_sparse.lowerings import sparse24_kernel
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
 
 _STEP_NS: dict[tuple[int, int, int], tuple[float, float]] = {
-    (128, 256, 2): (473.0, 498.0),
-    (256, 192, 2): (663.0, 722.0),
-    (256, 128, 2): (492.0, 541.0),
-    (128, 192, 2): (377.0, 397.0),
-    (128, 128, 2): (325.0, 350.0),
-    (128, 128, 1): (434.0, 400.0),
-    (128, 64, 1): (306.0, 340.0),
+    (128, 256, 2): (468.0, 483.0),
+    (256, 192, 2): (660.0, 715.0),
+    (256, 128, 2): (469.0, 502.0),
+    (128, 192, 2): (372.0, 383.0),
+    (128, 128, 2): (277.0, 295.0),
+    (128, 128, 1): (350.0, 355.0),
+    (128, 64, 1): (209.0, 209.0),
 }
 """(rows, columns, cluster) -> nanoseconds of a step along K, for 16-bit and for 8-bit
-operands: measured on an H200 where every multiprocessor had work, K = 16384."""
+operands: measured on an H200 under steady load, where its power limits the clock; the
+median over products that give every multiprocessor work."""
 
 _TILE_NS = 1500.0
 """Of each tile, whatever K is: the first stages and the epilogue."""

@@ -13,17 +13,22 @@ _BYTE = frozenset({"float8_e4m3fn", "int8"})
 KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "cpu": {"activation_spmm": _WIDE, "glu_spmm": _WIDE},
     "sm_90": {
-        "activation_spmm": _WIDE,
+        "activation_spmm": _WIDE | _BYTE,
         "glu_spmm": _WIDE,
+        "site_counters": _WIDE,
         "sparsify24": _HALF,
         "linear_sparsify24": _HALF,
+        "linear_sparsify24_quantized": frozenset({"float8_e4m3fn"}),
         "sparsify24_quantized": _BYTE,
         "sparse24_mm": _HALF | _BYTE,
+        "sparse24_mm_transposed": _HALF | _BYTE,
     },
 }
-"""Architecture -> op -> dtypes for which a kernel exists and was run there."""
+"""Architecture -> op -> dtypes for which a kernel exists and was run there.
 
-# Of sparse24_mm one form stores a transposed result; a dtype is that of the operands.
+A dtype of ``sparse24_mm`` is that of the operands; one form of it stores a transposed
+result.  An 8-bit dtype of ``activation_spmm`` is that of the rows of the weight."""
+
 # A kernel for site_counters: those that skip count the neurons that they read.
 _DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE, "site_counters": _WIDE}
 _PACKED = {"sparsify24": _HALF, "sparse24_mm": _HALF}
@@ -32,10 +37,6 @@ UNVERIFIED_KERNELS: dict[str, dict[str, frozenset[str]]] = {
     "sm_80": _PACKED,
     "sm_86": _PACKED,
     "sm_89": _PACKED,
-    "sm_90": {
-        "linear_sparsify24_quantized": frozenset({"float8_e4m3fn"}),
-        "sparse24_mm_transposed": _HALF | _BYTE,
-    },
     "sm_100": _PACKED,
     "gfx942": _PACKED,
 }
@@ -102,8 +103,7 @@ def unverified_kernels(arch: str) -> dict[str, frozenset[str]]:
     """Op -> dtypes of the kernels that should run on an architecture and never did.
 
     Those for a few tokens are plain Triton: they are expected to run on every GPU of
-    NVIDIA that it supports, and on those of AMD with matrix cores.  An 8-bit dtype of
-    ``activation_spmm`` is that of the rows of the weight.
+    NVIDIA that it supports, and on those of AMD with matrix cores.
     """
     ran, found = KERNELS.get(arch, {}), {}
     for op, dtypes in {**UNVERIFIED_KERNELS.get(arch, {}), **_of_triton(arch)}.items():

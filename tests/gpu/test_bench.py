@@ -82,7 +82,9 @@ def test_a_whole_ffn_is_compiled_once(quantize: str, tmp_path: Path) -> None:
     found = rows(tmp_path, "ffn", *argv, "--density", "0.05,0.1")
     assert [row["status"] for row in found] == ["applied"] * 2
     assert len({row["sparse_compile_s"] for row in found}) == 1
-    assert all(row["rms_rel_err"] < 0.1 for row in found)
+    for row in found:  # to what rounding costs either side comes what 2:4 drops
+        expected = (row["dense_rms_rel_err"] ** 2 + row["dropped_energy"]) ** 0.5
+        assert row["rms_rel_err"] < 1.2 * expected
 
 
 def test_packing(tmp_path: Path) -> None:

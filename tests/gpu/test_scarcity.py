@@ -90,6 +90,7 @@ def test_a_weight_of_more_than_2_to_the_31_elements(M: int) -> None:
     assert not result[:, edge:-edge].any()
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_no_memory_to_autotune_in(caplog: pytest.LogCaptureFixture) -> None:
     module, z = Down(1024, 4096, 512), torch.randn(512, 4096, device="cuda", dtype=BF16)
     expected = formats.unpack(*ops.sparsify24(z, "relu2", "largest"), 4096)
