@@ -164,11 +164,11 @@ def test_nothing_is_counted_where_the_caller_captures() -> None:
 
 def test_two_threads_share_a_compiled_model() -> None:
     # Graph trees belong to one thread: this one runs without them, on a large weight.
-    module = nn.Sequential(nn.ReLU(), nn.Linear(28672, 8192, bias=False))
-    module.cuda().bfloat16()
+    where = {"device": "cuda", "dtype": BF16}
+    module = nn.Sequential(nn.ReLU(), nn.Linear(53248, 16384, bias=False, **where))
     options = {"sparse.allow_unverified": True}
     compiled = torch.compile(module, backend="sparse", options=options, dynamic=False)
-    x = torch.rand(1, 28672, device="cuda", dtype=BF16)
+    x = torch.rand(1, 53248, device="cuda", dtype=BF16)
     errors: list[BaseException] = []
 
     @torch.no_grad()
