@@ -47,8 +47,8 @@ DEVICE void barrier_wait(u32 barrier, u32 phase) {
       "@p bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), "r"(phase) : "memory");
 }
 // No .release.cluster here: it compiles to a full memory fence, which waits for every
-// load in flight and halves the speed of the main loop.  Nothing but wgmma reads the
-// stage, and wgmma.wait_group has already seen those reads complete.
+// load in flight and halves the speed of the main loop.  What reads the stage is wgmma,
+// whose end wgmma.wait_group has seen, and loads of metadata, which wgmma has used.
 DEVICE void barrier_arrive_at(u32 barrier, u32 cta) {
   asm volatile(
       "{\n.reg .b32 r;\nmapa.shared::cluster.u32 r, %0, %1;\n"
