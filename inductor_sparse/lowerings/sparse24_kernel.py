@@ -31,7 +31,7 @@ class TileConfig:
 
     ``consumers`` warpgroups each compute ``m64`` blocks of 64 rows, all of them
     ``block_n`` columns; a ``cluster`` of CTAs, adjacent along M, shares each tile of
-    ``w``, of which ``stages`` are in flight; a consumer has ``store_buffers`` buffers of
+    ``w``, ``stages`` of them in flight; a consumer has ``store_buffers`` buffers of
     64 x ``store_columns`` output values (32 or 64).
     """
 
