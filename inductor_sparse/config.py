@@ -72,14 +72,14 @@ HELP: dict[str, str] = {
         "Run both matmuls of a ReLU² or ReLU FFN in 8 bits wherever the second one is "
         "packed 2:4 and the device has kernels for it. Scales are per token for "
         "activations and per output feature for weights; weights are quantized once. "
-        "No effect on a CPU."
+        "Where a few tokens skip zeros, the rows of the second weight are read in 8 "
+        "bits, each with a scale. No effect on a CPU."
     ),
     "quantize_scales": (
         "How an 8-bit FFN scales the rows of the activation between its matmuls. "
         '"exact": by their largest value. "predicted": by an upper bound derived from '
         "norms, so that the first matmul can pack its own output; fp8 only, slightly "
-        "less precise, and only with sparse.allow_unverified, because the kernel has "
-        "never run on a GPU."
+        "less precise."
     ),
     "allow_unverified": (
         "Use kernels that have never run on the GPU architecture at hand. If False, "
@@ -91,9 +91,8 @@ HELP: dict[str, str] = {
         '(mode="reduce-overhead") are detected without this option.'
     ),
     "adaptive": (
-        "Observe sites at run time. On a CPU, a site that turns out too dense to gain "
-        "is recompiled as dense; on a GPU this also needs sparse.allow_unverified. "
-        "On a GPU, count what 2:4 drops."
+        "Observe sites at run time. A site that skips zeros and turns out too dense to "
+        "gain is recompiled as dense. On a GPU, count what 2:4 drops."
     ),
 }
 """One line of help for each option; ``docs/options.md`` is generated from it."""

@@ -31,8 +31,8 @@ class TileConfig:
 
     ``consumers`` warpgroups each compute ``m64`` blocks of 64 rows, all of them
     ``block_n`` columns; a ``cluster`` of CTAs, adjacent along M, shares each tile of
-    ``w``, ``stages`` of them in flight; a consumer has ``store_buffers`` buffers of
-    64 x ``store_columns`` output values (32 or 64).
+    ``w``; ``stages`` tiles of it are in flight; a consumer has ``store_buffers``
+    buffers of 64 x ``store_columns`` output values (32 or 64).
     """
 
     consumers: int = 2

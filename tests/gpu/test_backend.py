@@ -109,7 +109,6 @@ def test_predicted_scales(graphs: bool) -> None:
     options = {
         "sparse.quantize": "fp8",
         "sparse.quantize_scales": "predicted",
-        "sparse.allow_unverified": True,
         "triton.cudagraphs": graphs,
     }
     error, decision = run(model(bias=True), tokens(MANY), options=options)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from inductor_sparse import _compat, config, formats, lowerings
+from inductor_sparse import _compat, formats, lowerings
 from inductor_sparse.lowerings import candidate_check, sparse24_gemm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -152,8 +152,7 @@ def test_a_transposed_copy_is_the_kernel_s_own_store(
     def fn(v: Tensor, m: Tensor, w: Tensor, r: Tensor) -> Tensor:
         return (op(v, m, w.t()) + r).t().contiguous()
 
-    with config.patch(allow_unverified=True):
-        result, code = run(fn, values, metadata, weight, residual)
+    result, code = run(fn, values, metadata, weight, residual)
     assert launches(code) == 1
     assert result.is_contiguous()
     y = product(values, metadata, weight) + residual.double()

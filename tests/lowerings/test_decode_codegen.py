@@ -260,10 +260,9 @@ def test_an_observed_site_is_called_with_its_limits(
     def fn(x: Tensor, w: Tensor) -> Tensor:
         return F.linear(torch.relu(x), w) + 1
 
-    options = {"allow_unverified": True}
     cudagraphs = {"triton.cudagraphs": True}
     operands = meta(4, 16384), meta(4096, 16384)
-    made = fake_cuda.generate(fn, *operands, options=options, inductor=cudagraphs)
+    made = fake_cuda.generate(fn, *operands, options={}, inductor=cudagraphs)
     (decision,) = made.decisions
     limit = cuda.break_even_union(4, 16384, 4096, "bfloat16")
     called = rf"site_counters\.default\(\w+, '{decision.site}', {limit:.3f}, 4\)"

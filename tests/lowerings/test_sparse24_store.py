@@ -17,7 +17,7 @@ import torch
 from fake_cuda import compile_cuda, cuda_sources, generate
 from torch import Tensor
 
-from inductor_sparse import config, formats
+from inductor_sparse import formats
 from inductor_sparse.lowerings import sparse24_kernel as hopper
 from inductor_sparse.lowerings.sparse24_kernel import Epilogue, TileConfig
 
@@ -171,8 +171,7 @@ def test_a_copy_of_the_transpose_is_the_kernel_s_own_store(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    with config.patch(allow_unverified=True):
-        generated = generate(product, *operands(dtype=dtype))
+    generated = generate(product, *operands(dtype=dtype))
     assert len(generated.kernels) == 1
     (source,) = cuda_sources(generated.code).values()
     assert "'box': (64, " in generated.code or "box=(64, " in generated.code
@@ -181,16 +180,9 @@ def test_a_copy_of_the_transpose_is_the_kernel_s_own_store(
     assert "C75" not in compiled.log  # wgmma would be serialised
 
 
-@pytest.mark.parametrize(
-    ("rows", "options"),
-    [
-        (M, {"allow_unverified": False}),  # it never ran on a GPU
-        (M + 1, {"allow_unverified": True}),  # rows of a transposed result: 16 bytes
-    ],
-)
-def test_else_a_kernel_after_it_copies(rows: int, options: dict[str, bool]) -> None:
-    with config.patch(**options):
-        generated = generate(product, *operands(rows))
+def test_else_a_kernel_after_it_copies() -> None:
+    # Of this many rows a transposed result cannot be stored 16 bytes at a time.
+    generated = generate(product, *operands(M + 1))
     assert len(generated.kernels) == 2
     (source,) = cuda_sources(generated.code).values()
     assert "trans.shared" not in source
@@ -202,6 +194,5 @@ def test_a_result_of_32_bits_is_copied() -> None:
         y = op(values, metadata, weight.t(), out_dtype=torch.float32)
         return y.t().contiguous()
 
-    with config.patch(allow_unverified=True):
-        generated = generate(wide, *operands())
+    generated = generate(wide, *operands())
     assert len(generated.kernels) == 2

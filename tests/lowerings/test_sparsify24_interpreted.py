@@ -59,16 +59,23 @@ def packed(M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def select(
-    interpreter: Interpreter, x: Tensor, activation: str, select: str
+    interpreter: Interpreter,
+    x: Tensor,
+    activation: str,
+    select: str,
+    programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(values, metadata, energy)`` as the kernel computes them."""
+    """``(values, metadata, energy)`` as the kernel computes them.
+
+    With ``programs`` only of so many tiles.
+    """
     M, K = x.shape
     block = sparsify24_cuda.BLOCK_K
     energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
     _, *results = interpreter.run(
         (*sparsify24_cuda.SELECT_TEXT, "sparsify24_eager"),
         "sparsify24_kernel",
-        (-(-M // 64) * -(-K // block),),
+        (programs or -(-M // 64) * -(-K // block),),
         *(x, *packed(M, K, x.dtype), energy, M, K, *x.stride()),
         **sparsify24_cuda.activation_constants(activation, select),
         EVEN_K=K % block == 0,
@@ -127,10 +134,17 @@ def test_energy(interpreter: Interpreter) -> None:
     assert energy.count_nonzero() == 2 * 2 * 3  # a slot for each of 2 x 3 programs
 
 
-def test_of_a_large_matrix_an_eighth_is_summed(interpreter: Interpreter) -> None:
-    x = torch.ones(1024, 64, dtype=torch.bfloat16)
-    _, _, energy = select(interpreter, x, "relu", "largest")
-    assert energy.sum(0).tolist() == [2 * 64 * 32, 2 * 64 * 64]  # 2 of 16 programs
+@pytest.mark.parametrize(
+    ("tiles", "programs", "summed"),
+    [((255, 1), 3, 3), ((256, 1), 33, 2), ((8, 32), 33, 1)],
+    ids=str,
+)
+def test_of_256_tiles_every_32nd_is_summed(
+    interpreter: Interpreter, tiles: tuple[int, int], programs: int, summed: int
+) -> None:
+    x = torch.ones(64 * tiles[0], 64 * tiles[1], dtype=torch.bfloat16)
+    _, _, energy = select(interpreter, x, "relu", "largest", programs)
+    assert energy.sum(0).tolist() == [summed * 64 * 32, summed * 64 * 64]
 
 
 def quantize(

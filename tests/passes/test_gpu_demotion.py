@@ -65,8 +65,7 @@ def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     """As the real one, but for the kernels."""
     code = _compat.frame_code()
     demoted = adaptation.demoted(code)
-    options = {"allow_unverified": True}
-    sparse_pass = joint_pass.SparsePass(options, demoted=demoted, dynamo_graph=gm)
+    sparse_pass = joint_pass.SparsePass({}, demoted=demoted, dynamo_graph=gm)
 
     def run(graph: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
         return make_boxed_func(Kernels(graph).run)

@@ -14,7 +14,7 @@ from tracing import calls, rewrite_one
 
 from inductor_sparse.decisions import Decision, Reason, Status
 from inductor_sparse.plan import Plan, SitePlan
-from inductor_sparse.profitability import cuda
+from inductor_sparse.profitability import KERNELS, cuda
 
 K, N = 16384, 4096
 SITE = f"mm:{K}x{N}"
@@ -45,7 +45,6 @@ def run(
 ) -> tuple[fx.GraphModule, Decision]:
     x, *weights = weights or (empty(M, K), empty(N, K))
     context.setdefault("demoted", {})
-    context["options"] = {"allow_unverified": True, **context.get("options", {})}
     context.setdefault("architecture", lambda device: "sm_90")
     return rewrite_one(fn, x, *weights, device="cuda", **context)
 
@@ -69,7 +68,6 @@ def test_more_tokens_are_tried_where_they_are_observed() -> None:
         {"demoted": None},
         {"is_training": True},
         {"options": {"cuda_graphs": True}},
-        {"options": {"allow_unverified": False}},
     ],
 )
 @pytest.mark.parametrize("M", [1, 4])
@@ -80,6 +78,23 @@ def test_without_a_gate_no_model_loses(M: int, context: dict[str, Any]) -> None:
     if decision.reason is not None:
         assert decision.reason is Reason.NOT_PROFITABLE
         assert f"wins up to {UNOBSERVED} tokens" in decision.detail
+
+
+def test_where_nothing_can_count_no_model_loses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(KERNELS["sm_90"], "site_counters")
+    assert calls(run(1)[0], "site_counters") == []
+    assert run(4)[1].reason is Reason.NOT_PROFITABLE
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120", "gfx942"])
+def test_kernels_that_never_ran_count_too_where_they_are_allowed(arch: str) -> None:
+    where: dict[str, Any] = {"architecture": lambda device: arch}
+    assert run(4, **where)[1].reason is Reason.KERNEL_UNVERIFIED
+    gm, decision = run(4, options={"allow_unverified": True}, **where)
+    assert decision.op == "activation_spmm"
+    assert len(calls(gm, "site_counters")) == 1
 
 
 def test_a_graph_whose_inputs_are_elsewhere_is_not_observed() -> None:
@@ -167,8 +182,8 @@ def test_break_even_falls_with_tokens_and_with_launching() -> None:
     assert 1 > found[0] > found[-1] > 0
     assert cuda.break_even_union(9, K, N, "bfloat16") == 0
     assert cuda.break_even_union(1, K, N, "bfloat16", graphs=False) == 0
-    large = cuda.break_even_union(1, 28672, 8192, "bfloat16", graphs=False)
-    assert large == cuda.break_even_union(1, 28672, 8192, "bfloat16")
+    large = cuda.break_even_union(1, 53248, 16384, "bfloat16", graphs=False)
+    assert large == cuda.break_even_union(1, 53248, 16384, "bfloat16")
 
 
 def test_a_site_that_cannot_lose_is_not_counted(

@@ -108,9 +108,9 @@ def test_a_few_tokens_skip_zeros(dtype: torch.dtype) -> None:
 def test_any_number_of_tokens_has_a_regime(M: int, quantize: str) -> None:
     gm, decision = run(M=M, options={"quantize": quantize})
     packed, skipped = ("sparse24_mm", None), ("activation_spmm", None)
-    expected = {0: ("", Reason.UNSUPPORTED_SHAPE), 3: ("", Reason.NOT_PROFITABLE)}
-    found = (decision.op, decision.reason)
-    assert found == expected.get(M, skipped if M == 1 else packed)
+    three = skipped if quantize == "fp8" else ("", Reason.NOT_PROFITABLE)
+    expected = {0: ("", Reason.UNSUPPORTED_SHAPE), 1: skipped, 3: three}
+    assert (decision.op, decision.reason) == expected.get(M, packed)
     assert gm.graph.find_nodes(op="output")[0].args[0].meta["val"].shape == (M, N)
 
 
@@ -225,11 +225,14 @@ def test_no_other_architecture_is_offered_anything(arch: str) -> None:
 
 def test_8_bit_rows_by_architecture() -> None:
     has = functools.partial(profitability.has_kernel, op="activation_spmm")
-    for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_121"):
+    for dtype in ("int8", "float8_e4m3fn"):
+        assert has("sm_90", dtype=dtype)
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_121"):
         assert has(arch, dtype="int8", unverified=True)
         assert not has(arch, dtype="int8")
         newer = int(arch[3:]) >= 89
         assert has(arch, dtype="float8_e4m3fn", unverified=True) == newer
+        assert not has(arch, dtype="float8_e4m3fn")
     assert not has("gfx942", dtype="int8", unverified=True)
 
 
@@ -367,8 +370,11 @@ def test_a_token_does_not_hide_what_launching_takes() -> None:
         _, decision = run(M=1)
         assert decision.reason is Reason.NOT_PROFITABLE
         assert "without CUDA graphs, skipping zeros never wins" in decision.detail
-    gain = functools.partial(profitability.cuda.decode_gain, 1, 28672, 8192, "bfloat16")
-    assert gain(0.1) > gain(0.1, graphs=False) > 1
+    gain = functools.partial(profitability.cuda.decode_gain, 1)
+    large = functools.partial(gain, 28672, 8192, "bfloat16", 0.1)
+    assert large() > 1 > large(graphs=False)
+    largest = functools.partial(gain, 53248, 16384, "bfloat16", 0.1)
+    assert largest() > largest(graphs=False) > 1
 
 
 def test_a_decision_says_whether_cuda_graphs_were_expected() -> None:

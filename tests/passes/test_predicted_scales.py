@@ -13,14 +13,11 @@ from torch import Tensor, fx, nn
 from tracing import calls, rewrite, trace
 
 from inductor_sparse.decisions import Decision, Status
+from inductor_sparse.profitability import KERNELS, UNVERIFIED_KERNELS
 
 D, H, N = 4096, 16384, 4096
 FP8 = torch.float8_e4m3fn
-PREDICTED = {
-    "quantize": "fp8",
-    "quantize_scales": "predicted",
-    "allow_unverified": True,
-}
+PREDICTED = {"quantize": "fp8", "quantize_scales": "predicted"}
 
 
 def ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -96,12 +93,6 @@ def shared_bias(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
             {},
             "its bias is scaled, or is not a vector with one value per feature",
         ),
-        (
-            ffn,
-            {"allow_unverified": False},
-            "the float8_e4m3fn kernel of linear_sparsify24_quantized never ran on "
-            "sm_90; set sparse.allow_unverified to use it",
-        ),
     ],
 )
 def test_scales_stay_exact_where_they_cannot_be_predicted(
@@ -112,6 +103,25 @@ def test_scales_stay_exact_where_they_cannot_be_predicted(
     assert decision.detail.endswith(f"; scales not predicted: {why}")
     assert calls(gm, "linear_sparsify24_quantized") == []
     assert len(calls(gm, "sparsify24_quantized")) == 1
+
+
+def test_scales_stay_exact_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = {**KERNELS["sm_90"]}
+    untried = {"linear_sparsify24_quantized": ran.pop("linear_sparsify24_quantized")}
+    monkeypatch.setitem(KERNELS, "sm_90", ran)
+    _, decision = run()
+    assert decision.detail.endswith(
+        "; scales not predicted: linear_sparsify24_quantized has no kernel for sm_90"
+    )
+    monkeypatch.setitem(UNVERIFIED_KERNELS, "sm_90", untried)
+    _, decision = run()
+    assert decision.detail.endswith(
+        "; scales not predicted: the float8_e4m3fn kernel of "
+        "linear_sparsify24_quantized never ran on sm_90; "
+        "set sparse.allow_unverified to use it"
+    )
+    _, decision = run(options={"allow_unverified": True})
+    assert decision.detail.endswith("; scales predicted")
 
 
 def test_both_readers_of_an_activation_say_so() -> None:

@@ -15,7 +15,7 @@ from tracing import calls, rewrite, trace
 
 from inductor_sparse.decisions import Decision, Status, Tier
 from inductor_sparse.passes import relu_squared_matmul
-from inductor_sparse.profitability import cuda
+from inductor_sparse.profitability import KERNELS, cuda
 
 D, H, N = 4096, 16384, 4096
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -212,24 +212,38 @@ def test_an_architecture_without_8_bit_kernels() -> None:
 ONE_TOKEN = ((1, 1, D), (H, D), (N, H))
 
 
-def test_a_few_tokens_skip_zeros_in_16_bits() -> None:
-    gm, decision = run(sizes=ONE_TOKEN, options={"cuda_graphs": True})
+GRAPHS = {"cuda_graphs": True}
+UNVERIFIED = {**GRAPHS, "allow_unverified": True}
+
+
+def test_unless_asked_a_few_tokens_skip_zeros_in_16_bits() -> None:
+    gm, decision = run(sizes=ONE_TOKEN, quantize="none", options=GRAPHS)
+    assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
+    assert calls(gm, "quantized_weight") == []
+    assert "rows" not in decision.detail
+
+
+def test_rows_stay_in_16_bits_where_only_those_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = frozenset({"bfloat16", "float16"})
+    monkeypatch.setitem(KERNELS, "sm_89", {"activation_spmm": half})
+    how: dict[str, Any] = {"architecture": lambda device: "sm_89"}
+    gm, decision = run(sizes=ONE_TOKEN, options=GRAPHS, **how)
     assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
     assert calls(gm, "quantized_weight") == []
     assert decision.detail.endswith(
         "; rows not quantized: the float8_e4m3fn kernel of activation_spmm never ran "
-        "on sm_90; set sparse.allow_unverified to use it"
+        "on sm_89; set sparse.allow_unverified to use it"
     )
-    _, decision = run(sizes=ONE_TOKEN, quantize="none", options={"cuda_graphs": True})
-    assert "rows" not in decision.detail
-
-
-UNVERIFIED = {"cuda_graphs": True, "allow_unverified": True}
+    gm, decision = run(sizes=ONE_TOKEN, options=UNVERIFIED, **how)
+    assert decision.tier is Tier.APPROXIMATE
+    assert len(calls(gm, "quantized_weight")) == 1
 
 
 @pytest.mark.parametrize(("quantize", "dtype"), [("fp8", FP8), ("int8", INT8)])
-def test_rows_in_8_bits_are_unverified(quantize: str, dtype: torch.dtype) -> None:
-    gm, decision = run(biased, quantize, sizes=ONE_TOKEN, options=UNVERIFIED)
+def test_a_few_tokens_read_rows_in_8_bits(quantize: str, dtype: torch.dtype) -> None:
+    gm, decision = run(biased, quantize, sizes=ONE_TOKEN, options=GRAPHS)
     assert (decision.op, decision.tier) == ("activation_spmm", Tier.APPROXIMATE)
     name = str(dtype).removeprefix("torch.")
     assert decision.detail.endswith(
@@ -260,7 +274,7 @@ def computed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         ),
         ({"is_training": True}, "the graph has a backward"),
         (
-            {"architecture": lambda device: "sm_80"},
+            {"architecture": lambda device: "sm_80", "options": UNVERIFIED},
             "activation_spmm has no float8_e4m3fn kernel for sm_80 yet",
         ),
         (
@@ -272,7 +286,7 @@ def computed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     ids=["gated", "float32", "training", "architecture", "computed"],
 )
 def test_rows_that_stay_as_they_are(how: dict[str, Any], why: str) -> None:
-    gm, decision = run(sizes=ONE_TOKEN, options=UNVERIFIED, **how)
+    gm, decision = run(sizes=ONE_TOKEN, **{"options": GRAPHS, **how})
     assert calls(gm, "quantized_weight") == []
     assert (decision.op, decision.tier) == ("activation_spmm", Tier.EXACT)
     assert decision.detail.endswith(f"; rows not quantized: {why}")
@@ -280,7 +294,7 @@ def test_rows_that_stay_as_they_are(how: dict[str, Any], why: str) -> None:
 
 def test_a_rule_that_knows_no_8_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relu_squared_matmul.RULE, "packs", False)
-    gm, decision = run(sizes=ONE_TOKEN, options=UNVERIFIED)
+    gm, decision = run(sizes=ONE_TOKEN, options=GRAPHS)
     assert calls(gm, "quantized_weight") == []
     assert decision.detail.endswith(
         "; rows not quantized: relu_squared_matmul does not know them"
@@ -291,7 +305,7 @@ def test_rows_of_8_bits_take_half_of_the_time() -> None:
     sizes = ((1, 1, 2048), (8192, 2048), (2048, 8192))
     found = {}
     for quantize in ("none", "int8"):
-        _, decision = run(biased, quantize, sizes=sizes, options=UNVERIFIED)
+        _, decision = run(biased, quantize, sizes=sizes, options=GRAPHS)
         found[quantize] = decision.expected_gain
     cost = functools.partial(cuda.decode_gain, 1, 8192, 2048, "bfloat16", None)
     assert found == {"none": cost(), "int8": cost(read_dtype="int8")}
@@ -305,7 +319,7 @@ def test_rows_of_8_bits_take_half_of_the_time() -> None:
 def test_rows_of_8_bits_move_the_limits() -> None:
     sizes = ((8, D), (H, D), (N, H))
     plain, halved = (
-        run(biased, how, sizes=sizes, options=UNVERIFIED)[1] for how in ("none", "int8")
+        run(biased, how, sizes=sizes, options=GRAPHS)[1] for how in ("none", "int8")
     )
     limit = functools.partial(cuda.decode_max_tokens, H, N, "bfloat16", None)
     assert (limit(), limit(read_dtype="int8")) == (2, 8)

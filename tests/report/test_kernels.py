@@ -108,7 +108,7 @@ def test_two_products_of_one_packed_activation() -> None:
 @pytest.mark.parametrize(
     ("arch", "M", "name"),
     [
-        ("sm_90", 8192, "sparse24_mm_bf16 128x256 cluster 2 stages 5"),
+        ("sm_90", 8192, "sparse24_mm_bf16 256x192 cluster 2 stages 4"),
         ("sm_90", 0, "masked dense"),
         ("sm_80", 8192, "cutlass"),
         ("sm_75", 8192, "masked dense"),
