@@ -120,7 +120,7 @@ def test_compiled(shape: tuple[int, int], quantized: torch.dtype | None) -> None
 
 
 @pytest.mark.parametrize("quantized", [None, torch.int8], ids=str)
-@pytest.mark.parametrize("rows", [300, 4096])
+@pytest.mark.parametrize("rows", [200, 4096])
 def test_energy(rows: int, quantized: torch.dtype | None) -> None:
     x = torch.randn(rows, 1000, device="cuda", dtype=torch.bfloat16)
     energy = x.new_zeros((ops.ENERGY_SLOTS, 2), dtype=torch.float64)
@@ -133,10 +133,11 @@ def test_energy(rows: int, quantized: torch.dtype | None) -> None:
     all_kept = values.double().square().sum().item()
     all_total = x.relu().square().double().square().sum().item()
     assert kept / total == pytest.approx(
-        all_kept / all_total, rel=1e-5 if rows < 1024 else 1e-2
+        all_kept / all_total, rel=1e-5 if rows < 256 else 1e-2
     )
     share = total / all_total
-    assert share == pytest.approx(1.0, rel=1e-5) if rows < 1024 else 0.02 < share < 0.2
+    # Of many tiles, or rows, every 32nd is summed.
+    assert share == pytest.approx(1.0, rel=1e-5) if rows < 256 else 0.02 < share < 0.05
 
 
 def test_more_than_2_to_the_31_elements() -> None:
