@@ -260,6 +260,8 @@ def read_rows(site: Site, arch: str, context: PassContext) -> Copy | str:
     Or why they are read as they are, although ``sparse.quantize`` asks for 8 bits.
     """
     dtype = DTYPES[str(context.option("quantize"))]
+    if context.option("activation_format") == "exact":
+        return "sparse.activation_format allows only exact rewrites"
     if site.dtype == "float32":
         return "only those of a bfloat16 or float16 weight are"
     if site.producer is not None and site.producer.family is Family.GATED:

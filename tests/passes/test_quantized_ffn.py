@@ -274,6 +274,10 @@ def computed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         ),
         ({"is_training": True}, "the graph has a backward"),
         (
+            {"options": {**GRAPHS, "activation_format": "exact"}},
+            "sparse.activation_format allows only exact rewrites",
+        ),
+        (
             {"architecture": lambda device: "sm_80", "options": UNVERIFIED},
             "activation_spmm has no float8_e4m3fn kernel for sm_80 yet",
         ),
@@ -283,7 +287,7 @@ def computed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
             "computed, or passed in as an argument",
         ),
     ],
-    ids=["gated", "float32", "training", "architecture", "computed"],
+    ids=["gated", "float32", "training", "exact", "architecture", "computed"],
 )
 def test_rows_that_stay_as_they_are(how: dict[str, Any], why: str) -> None:
     gm, decision = run(sizes=ONE_TOKEN, **{"options": GRAPHS, **how})
