@@ -178,7 +178,33 @@ def fetch_quantized(
     return values, scale, norm
 
 
-def _fetch(
+def kept(
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int,
+    dtype: torch.dtype,
+    *,
+    quantized: bool,
+) -> tuple[Tensor, ...] | None:
+    """The copies of a window that are kept and right, None if there are none.
+
+    None as well where more than looking is needed: in a CUDA graph being captured, and
+    for a weight without a version counter.
+    """
+    if weight.is_inference():
+        return None
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    entries = _entries.get(weight.data_ptr())
+    if entries is None:
+        return None
+    key = _key(weight, storage_offset, size, stride, dtype, quantized=quantized)
+    entry = entries.get(key)
+    return entry.copies if entry is not None and entry.is_right(weight) else None
+
+
+def _key(
     weight: Tensor,
     storage_offset: int,
     size: Sequence[int],
@@ -186,8 +212,8 @@ def _fetch(
     dtype: torch.dtype,
     *,
     quantized: bool,
-) -> tuple[Tensor, ...]:
-    key = Key(
+) -> Key:
+    return Key(
         weight.data_ptr(),
         weight.device,
         weight.shape,
@@ -199,6 +225,18 @@ def _fetch(
         dtype,
         quantized,
     )
+
+
+def _fetch(
+    weight: Tensor,
+    storage_offset: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    quantized: bool,
+) -> tuple[Tensor, ...]:
+    key = _key(weight, storage_offset, size, stride, dtype, quantized=quantized)
     if weight.is_inference():  # no version counter: nothing could be noticed
         return key.make(weight)
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():

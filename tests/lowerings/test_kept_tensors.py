@@ -6,7 +6,8 @@ import re
 
 import torch
 from fake_cuda import generate
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 sparse = torch.ops.inductor_sparse
 
@@ -28,3 +29,24 @@ def test_the_copy_of_a_weight_is_not_written_into() -> None:
     }
     assert len(reused[False]) == 1  # where it can, Inductor does
     assert reused[True] == []
+
+
+def test_generated_code_calls_the_function_behind_the_op() -> None:
+    module = nn.Sequential(nn.ReLU(), nn.Linear(64, 32)).eval()
+    compiled = torch.compile(module, backend="sparse")
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(compiled, torch.randn(4, 64))
+    assert "from inductor_sparse.runtime import kept_tensors" in code
+    assert "= kept_tensors.row_major_weight(" in code
+    assert "= torch.ops.inductor_sparse.row_major_weight" not in code
+
+
+def test_a_wrapper_in_cpp_calls_the_op() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        copy = sparse.row_major_weight(w, [64, 64], [1, 64], 0, torch.float32)
+        return torch.mm(x, copy)
+
+    inputs = [torch.empty(64, 64, device="meta") for _ in range(2)]
+    code = generate(fn, *inputs, inductor={"cpp_wrapper": True}).code
+    assert "kept_tensors." not in code
+    assert "row_major_weight" in code
