@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 from fake_cuda import generate
 from torch import Tensor, nn
+from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 sparse = torch.ops.inductor_sparse
@@ -31,14 +33,23 @@ def test_the_copy_of_a_weight_is_not_written_into() -> None:
     assert reused[True] == []
 
 
-def test_generated_code_calls_the_function_behind_the_op() -> None:
-    module = nn.Sequential(nn.ReLU(), nn.Linear(64, 32)).eval()
-    compiled = torch.compile(module, backend="sparse")
-    with torch.no_grad():
-        _, (code,) = run_and_get_code(compiled, torch.randn(4, 64))
+@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_generated_code_calls_the_functions_behind_the_ops(
+    dynamic: bool, partitioned: bool
+) -> None:
+    module, z = nn.Sequential(nn.ReLU(), nn.Linear(64, 32)).eval(), torch.randn(16, 64)
+    with config.patch(graph_partition=partitioned):
+        compiled = torch.compile(module, backend="sparse", dynamic=dynamic)
+        result, (code,) = run_and_get_code(compiled, z)
+    torch.testing.assert_close(result, module(z))
     assert "from inductor_sparse.runtime import kept_tensors" in code
-    assert "= kept_tensors.row_major_weight(" in code
-    assert "= torch.ops.inductor_sparse.row_major_weight" not in code
+    for name in ("row_major_weight", "site_counters"):
+        assert code.count(f"= kept_tensors.{name}(") == 1
+        assert f"= torch.ops.inductor_sparse.{name}" not in code
+    module[1].weight.neg_()
+    torch.testing.assert_close(compiled(z), module(z))
 
 
 def test_a_wrapper_in_cpp_calls_the_op() -> None:
