@@ -265,6 +265,6 @@ def test_an_observed_site_is_called_with_its_limits(
     made = fake_cuda.generate(fn, *operands, options={}, inductor=cudagraphs)
     (decision,) = made.decisions
     limit = cuda.break_even_union(4, 16384, 4096, "bfloat16")
-    called = rf"site_counters\.default\(\w+, '{decision.site}', {limit:.3f}, 4\)"
+    called = rf"kept_tensors\.site_counters\(\w+, '{decision.site}', {limit:.3f}, 4\)"
     assert len(re.findall(called, made.code)) == 1
     assert made.code.count("tl.atomic_add(COUNTERS") == 2
