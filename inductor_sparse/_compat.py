@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -26,6 +27,13 @@ def as_pass_tuple(passes: Any) -> tuple[GraphPass, ...]:
     if isinstance(passes, (list, tuple)):
         return tuple(passes)
     return (passes,)
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether the CPU multiplies tiles of bf16 (AMX), as dense products of torch do."""
+    found = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(found())
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from inductor_sparse import _compat
 from inductor_sparse.profitability.common import ASSUMED_DENSITY, GLU_MAX_TOKENS
 
 ALWAYS_WINS_TOKENS = 4
@@ -29,6 +30,8 @@ _EFFICIENCY: dict[str, tuple[Efficiency, ...]] = {
     "float32": (Efficiency(1, 1.0), Efficiency(64, 0.35), Efficiency(2**63, 0.55)),
     "bfloat16": (Efficiency(1, 0.85), Efficiency(64, 0.14), Efficiency(2**63, 0.17)),
 }
+_MATRIX_UNITS_FRACTION = 0.09
+"""The same for more than 64 tokens in bf16, where the dense product has AMX."""
 _FIXED_COST = 0.04
 """Compressing a row and starting threads, as a fraction of the dense product."""
 
@@ -44,7 +47,10 @@ def expected_gain(M: int | None, density: float | None, dtype: str) -> float:
     known_density = ASSUMED_DENSITY if density is None else density
     steps = _EFFICIENCY.get(dtype, _EFFICIENCY["bfloat16"])
     tokens = 2**62 if M is None else M
-    fraction = next(step.fraction for step in steps if tokens <= step.max_tokens)
+    step = next(step for step in steps if tokens <= step.max_tokens)
+    fraction = step.fraction
+    if step is steps[-1] and dtype == "bfloat16" and _compat.has_matrix_units():
+        fraction = _MATRIX_UNITS_FRACTION
     return max(1.0, round(fraction / (known_density + _FIXED_COST), 2))
 
 
@@ -61,6 +67,8 @@ _STREAM_READS = {"bfloat16": 2.0}
 _STREAM_READS_ELSE = 1.5
 _BREAK_EVEN = {"bfloat16": (0.12, 0.3)}
 _BREAK_EVEN_ELSE = (0.6, 0.6)
+_MATRIX_UNITS_BREAK_EVEN = {"bfloat16": (0.12, 0.03)}
+"""For few tokens and for many, where the dense product has units of its own (AMX)."""
 
 
 def stream_reads(dtype: str) -> float:
@@ -74,15 +82,18 @@ def stream_reads(dtype: str) -> float:
 
 def dense_call_density(tokens: int | None, dtype: str) -> float:
     """Fraction of non-zeros above which a call that does not stream is made densely."""
-    few, many = _BREAK_EVEN.get(dtype, _BREAK_EVEN_ELSE)
+    known = _BREAK_EVEN
+    if _compat.has_matrix_units():
+        known = known | _MATRIX_UNITS_BREAK_EVEN
+    few, many = known.get(dtype, _BREAK_EVEN_ELSE)
     return few if tokens is not None and tokens <= FEW_TOKENS else many
 
 
 def break_even_density(tokens: int | None, dtype: str) -> float:
     """Fraction of non-zeros below which skipping wins, for a dtype such as "float32".
 
-    Measured where the skipping and the dense product take equally long on a CPU with
-    dot products of bf16 (docs/performance.md).  It is 1 where no density loses.
+    Measured where the skipping and the dense product take equally long, on CPUs with
+    dot products of bf16 and with tiles of it.  It is 1 where no density loses.
     """
     if tokens is None:
         return dense_call_density(tokens, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from inductor_sparse import _compat
 from inductor_sparse import profitability as p
 
 
@@ -47,7 +48,38 @@ def test_kernels_by_device() -> None:
     assert not p.has_kernel("cuda", "activation_spmm", "bfloat16")
 
 
-def test_break_even_falls_with_tokens_and_precision() -> None:
+def test_matrix_units_are_gained_less_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [(M, dtype) for M in (1, 16, 128) for dtype in ("bfloat16", "float32")]
+    gains = []
+    for units in (False, True):
+        monkeypatch.setattr(_compat, "has_matrix_units", lambda units=units: units)
+        gains.append([p.expected_gain(M, 0.02, dtype) for M, dtype in cases])
+    without, with_units = (dict(zip(cases, gain, strict=True)) for gain in gains)
+    changed = [case for case in cases if with_units[case] != without[case]]
+    assert changed == [(128, "bfloat16")]
+    assert 1 < with_units[128, "bfloat16"] < without[128, "bfloat16"]
+
+
+def test_matrix_units_win_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {}
+    for units in (False, True):
+        monkeypatch.setattr(_compat, "has_matrix_units", lambda units=units: units)
+        limits[units] = {
+            (tokens, dtype): p.dense_call_density(tokens, dtype)
+            for tokens in (16, 128, None)
+            for dtype in ("bfloat16", "float16", "float32")
+        }
+    changed = {
+        case for case in limits[True] if limits[True][case] != limits[False][case]
+    }
+    assert changed == {(128, "bfloat16"), (None, "bfloat16")}
+    assert all(limits[True][case] < 0.1 < limits[False][case] for case in changed)
+
+
+def test_break_even_falls_with_tokens_and_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_compat, "has_matrix_units", lambda: False)
     break_even = p.break_even_density
     assert break_even(p.ALWAYS_WINS_TOKENS, "bfloat16") == 1.0
     assert break_even(16, "bfloat16") < break_even(33, "bfloat16")
