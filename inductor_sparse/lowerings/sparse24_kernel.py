@@ -25,6 +25,11 @@ _ROW_BYTES = 128
 _METADATA_BYTES = 512
 
 
+def _blocks(itemsize: int) -> int:
+    """Blocks of 64 columns, each with its metadata, in two steps along K."""
+    return 4 // itemsize
+
+
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
     """How a CTA tiles the product.
@@ -65,9 +70,8 @@ class TileConfig:
 
     def shared_bytes(self, itemsize: int) -> int:
         """Bytes of dynamic shared memory for operands of ``itemsize`` bytes."""
-        words = 2 if itemsize == 1 else 1
         w = self.stages * self.block_n * _ROW_BYTES
-        metadata = self.block_m // 64 * 2 * words * _METADATA_BYTES
+        metadata = self.block_m // 64 * _blocks(itemsize) * _METADATA_BYTES
         values = self.slots * (self.block_m * _ROW_BYTES + metadata)
         store = self.consumers * self.store_buffers * 64 * self.store_columns * 2
         scales = self.consumers * self.block_n * 4  # of the columns, if there are any
@@ -237,6 +241,6 @@ def map_boxes(
         out = {"box": (64, columns), "swizzle": 128, "transposed": True}
     # Copies of a plain run of bytes would move the words too, in 16-byte pieces: much
     # slower.  A box is the words of 64 rows in two steps.
-    metadata = {"box": (128, 4 // item), "swizzle": 0, "transposed": False}
+    metadata = {"box": (128, _blocks(item)), "swizzle": 0, "transposed": False}
     outputs = () if epilogue.out_dtype is None else (out,)
     return (values, w, *outputs, metadata)

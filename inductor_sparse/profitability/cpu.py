@@ -6,9 +6,12 @@ Shape legend: M tokens (rows of the activation), K reduction, N output features.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 from inductor_sparse import _compat
 from inductor_sparse.profitability.common import ASSUMED_DENSITY, GLU_MAX_TOKENS
+
+_T = TypeVar("_T")
 
 ALWAYS_WINS_TOKENS = 4
 """Up to so many tokens a product is bound by reading the weight, and skipping neurons
@@ -30,10 +33,16 @@ _EFFICIENCY: dict[str, tuple[Efficiency, ...]] = {
     "float32": (Efficiency(1, 1.0), Efficiency(64, 0.35), Efficiency(2**63, 0.55)),
     "bfloat16": (Efficiency(1, 0.85), Efficiency(64, 0.14), Efficiency(2**63, 0.17)),
 }
-_MATRIX_UNITS_FRACTION = 0.09
-"""The same for more than 64 tokens in bf16, where the dense product has AMX."""
+_MATRIX_UNITS_EFFICIENCY: dict[str, tuple[Efficiency, ...]] = {
+    "bfloat16": (Efficiency(1, 0.85), Efficiency(64, 0.14), Efficiency(2**63, 0.09)),
+}
 _FIXED_COST = 0.04
 """Compressing a row and starting threads, as a fraction of the dense product."""
+
+
+def _here(anywhere: dict[str, _T], matrix_units: dict[str, _T]) -> dict[str, _T]:
+    """Figures by dtype: others where the dense product has matrix units (AMX)."""
+    return anywhere | matrix_units if _compat.has_matrix_units() else anywhere
 
 
 def expected_gain(M: int | None, density: float | None, dtype: str) -> float:
@@ -45,12 +54,10 @@ def expected_gain(M: int | None, density: float | None, dtype: str) -> float:
     ``density`` of None takes :data:`ASSUMED_DENSITY`.
     """
     known_density = ASSUMED_DENSITY if density is None else density
-    steps = _EFFICIENCY.get(dtype, _EFFICIENCY["bfloat16"])
+    known = _here(_EFFICIENCY, _MATRIX_UNITS_EFFICIENCY)
+    steps = known.get(dtype, _EFFICIENCY["bfloat16"])
     tokens = 2**62 if M is None else M
-    step = next(step for step in steps if tokens <= step.max_tokens)
-    fraction = step.fraction
-    if step is steps[-1] and dtype == "bfloat16" and _compat.has_matrix_units():
-        fraction = _MATRIX_UNITS_FRACTION
+    fraction = next(step.fraction for step in steps if tokens <= step.max_tokens)
     return max(1.0, round(fraction / (known_density + _FIXED_COST), 2))
 
 
@@ -68,7 +75,6 @@ _STREAM_READS_ELSE = 1.5
 _BREAK_EVEN = {"bfloat16": (0.12, 0.3)}
 _BREAK_EVEN_ELSE = (0.6, 0.6)
 _MATRIX_UNITS_BREAK_EVEN = {"bfloat16": (0.12, 0.03)}
-"""For few tokens and for many, where the dense product has units of its own (AMX)."""
 
 
 def stream_reads(dtype: str) -> float:
@@ -82,9 +88,7 @@ def stream_reads(dtype: str) -> float:
 
 def dense_call_density(tokens: int | None, dtype: str) -> float:
     """Fraction of non-zeros above which a call that does not stream is made densely."""
-    known = _BREAK_EVEN
-    if _compat.has_matrix_units():
-        known = known | _MATRIX_UNITS_BREAK_EVEN
+    known = _here(_BREAK_EVEN, _MATRIX_UNITS_BREAK_EVEN)
     few, many = known.get(dtype, _BREAK_EVEN_ELSE)
     return few if tokens is not None and tokens <= FEW_TOKENS else many
 

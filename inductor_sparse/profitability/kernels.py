@@ -21,13 +21,12 @@ KERNELS: dict[str, dict[str, frozenset[str]]] = {
         "linear_sparsify24_quantized": frozenset({"float8_e4m3fn"}),
         "sparsify24_quantized": _BYTE,
         "sparse24_mm": _HALF | _BYTE,
-        "sparse24_mm_transposed": _HALF | _BYTE,
     },
 }
 """Architecture -> op -> dtypes for which a kernel exists and was run there.
 
-A dtype of ``sparse24_mm`` is that of the operands; one form of it stores a transposed
-result.  An 8-bit dtype of ``activation_spmm`` is that of the rows of the weight."""
+A dtype of ``sparse24_mm`` is that of the operands; an 8-bit dtype of
+``activation_spmm`` is that of the rows of the weight."""
 
 # A kernel for site_counters: those that skip count the neurons that they read.
 _DECODE = {"activation_spmm": _WIDE, "glu_spmm": _WIDE, "site_counters": _WIDE}

@@ -67,6 +67,31 @@ class Key(NamedTuple):
     dtype: torch.dtype
     quantized: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        size: Sequence[int],
+        stride: Sequence[int],
+        storage_offset: int,
+        dtype: torch.dtype,
+        *,
+        quantized: bool = False,
+    ) -> Key:
+        """The key of a window of ``weight``; see ``reference.row_major_weight``."""
+        return cls(
+            weight.data_ptr(),
+            weight.device,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            storage_offset,
+            tuple(size),
+            tuple(stride),
+            dtype,
+            quantized,
+        )
+
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight``, at the address of the copied one, lies as that did."""
         return (
@@ -155,7 +180,8 @@ def fetch(
     Raises:
         SparseShapeError: the window does not lie inside the weight.
     """
-    (copy,) = _fetch(weight, storage_offset, size, stride, dtype, quantized=False)
+    key = Key.of(weight, size, stride, storage_offset, dtype)
+    (copy,) = _fetch(key, weight)
     return copy
 
 
@@ -172,78 +198,36 @@ def fetch_quantized(
         SparseShapeError: the window does not lie inside the weight or is not 2-D, or a
             dtype is not supported.
     """
-    values, scale, norm = _fetch(
-        weight, storage_offset, size, stride, dtype, quantized=True
-    )
+    key = Key.of(weight, size, stride, storage_offset, dtype, quantized=True)
+    values, scale, norm = _fetch(key, weight)
     return values, scale, norm
 
 
-def kept(
-    weight: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    storage_offset: int,
-    dtype: torch.dtype,
-    *,
-    quantized: bool,
-) -> tuple[Tensor, ...] | None:
-    """The copies of a window that are kept and right, None if there are none.
+def kept(key: Key, weight: Tensor) -> tuple[Tensor, ...] | None:
+    """The copies of ``weight`` that are kept and right, None if there are none.
 
     None as well where more than looking is needed: in a CUDA graph being captured, and
     for a weight without a version counter.
     """
-    if weight.is_inference():
+    if weight.is_inference() or _is_captured(weight):
         return None
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    entries = _entries.get(weight.data_ptr())
-    if entries is None:
-        return None
-    key = _key(weight, storage_offset, size, stride, dtype, quantized=quantized)
-    entry = entries.get(key)
+    entry = _entries.get(key.address, _none).get(key)
     return entry.copies if entry is not None and entry.is_right(weight) else None
 
 
-def _key(
-    weight: Tensor,
-    storage_offset: int,
-    size: Sequence[int],
-    stride: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    quantized: bool,
-) -> Key:
-    return Key(
-        weight.data_ptr(),
-        weight.device,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        storage_offset,
-        tuple(size),
-        tuple(stride),
-        dtype,
-        quantized,
-    )
+def _is_captured(weight: Tensor) -> bool:
+    """Whether what reads ``weight`` now goes into a CUDA graph."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _fetch(
-    weight: Tensor,
-    storage_offset: int,
-    size: Sequence[int],
-    stride: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    quantized: bool,
-) -> tuple[Tensor, ...]:
-    key = _key(weight, storage_offset, size, stride, dtype, quantized=quantized)
+def _fetch(key: Key, weight: Tensor) -> tuple[Tensor, ...]:
+    copies = kept(key, weight)
+    if copies is not None:
+        return copies
     if weight.is_inference():  # no version counter: nothing could be noticed
         return key.make(weight)
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _is_captured(weight):
         return _captured(key, weight)
-    entry = _entries.get(key.address, _none).get(key)
-    if entry is not None and entry.is_right(weight):
-        return entry.copies
     return refresh(key, weight.detach()).copies
 
 
