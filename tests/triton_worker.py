@@ -24,6 +24,7 @@ from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import interpreter_mends
+import ptx_interpreter
 from triton_interpreter import SparseFile, receive, send
 
 from inductor_sparse.runtime import triton_text
@@ -109,6 +110,7 @@ def mend() -> None:
     Builder.create_fp_trunc = Builder.create_fp_ext = cast
     Builder.create_fmul = multiply
     Builder.create_fabs = absolute
+    Builder.create_inline_asm = ptx_interpreter.create_inline_asm
     interpreter_mends.mend()
 
 

@@ -28,7 +28,7 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv
 
 from inductor_sparse import templates
-from inductor_sparse.lowerings import common
+from inductor_sparse.lowerings import common, dependent_launch
 from inductor_sparse.runtime import cuda_driver
 
 MAX_TOKENS = 8
@@ -254,6 +254,7 @@ def product(
         ACTIVATION=repr(activation),
         num_stages=1,
         **options,
+        **dependent_launch.options(device),
         **dataclasses.asdict(tile),
     )
     return _sum(partials, tile, ir.FixedLayout(device, dtype, [*batch, M, N]))
@@ -271,6 +272,7 @@ def _sum(partials: ir.TensorBox, tile: Tile, layout: ir.Layout) -> ir.TensorBox:
         AT_ONCE=min(MAX_AT_ONCE, power_of_2(tile.SPLITS)),
         num_stages=1,
         num_warps=4,
+        **dependent_launch.options(layout.device),
     )
 
 

@@ -20,7 +20,7 @@ from torch._inductor.select_algorithm import (
     realize_inputs,
 )
 
-from inductor_sparse.lowerings import activation_spmm_cuda
+from inductor_sparse.lowerings import activation_spmm_cuda, dependent_launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,7 @@ def product(
         ACTIVATION=repr(activation),
         DOT_DTYPE=activation_spmm_cuda.DOT_DTYPES[dtype],
         num_stages=tile.STAGES,
+        **dependent_launch.options(layout.device),
         **dataclasses.asdict(tile),
     )
     return activation_spmm_cuda.product(hidden, w_down, "identity", counters)

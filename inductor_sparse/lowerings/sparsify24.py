@@ -24,7 +24,7 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv
 
 from inductor_sparse import formats, templates
-from inductor_sparse.lowerings import activation_spmm_cuda, common
+from inductor_sparse.lowerings import activation_spmm_cuda, common, hopper
 from inductor_sparse.runtime import sparsify24_cuda
 
 SPARSIFY24 = common.op("sparsify24")
@@ -92,6 +92,7 @@ def tuned_sparsify24_quantized(
     metadata = _empty(_metadata_shape(M, K), torch.int32, x)
     columns = _known(K)
     plan = sparsify24_cuda.row_plan(columns)
+    x = realize_inputs(x)
     row_scale = _run(
         QUANTIZED_TEMPLATE,
         ir.FixedLayout(x.get_device(), torch.float32, [M]),
@@ -99,6 +100,9 @@ def tuned_sparsify24_quantized(
         [values, metadata],
         energy,
         FLOAT8=dtype == torch.float8_e4m3fn,
+        PAIRED=sparsify24_cuda.is_paired(
+            x.get_dtype(), activation, select, even=_has_even_rows(x)
+        ),
         EVEN_K=columns is not None and columns % plan.block_k == 0,
         WHOLE=plan.whole,
         BLOCK_K=plan.block_k,
@@ -137,6 +141,18 @@ def _run(
 def _known(size: Any) -> int | None:
     """A size if it is a number, None for a symbol."""
     return int(size) if isinstance(size, (int, sympy.Integer)) else None
+
+
+def _has_even_rows(x: ir.TensorBox) -> bool:
+    """Whether rows in memory are contiguous pairs, each at a multiple of its size."""
+    row_stride, column_stride = x.get_stride()
+    even = V.graph.sizevars.statically_known_multiple_of
+    return (
+        column_stride == 1
+        and even(row_stride, 2)
+        and even(x.get_size()[1], 2)
+        and hopper.is_aligned(x)
+    )
 
 
 def _values_shape(M: Any, K: Any) -> list[Any]:

@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes of activations that the kernels take."""
 
 SELECT_TEXT = ("select24", "sparsify24_tile")
-QUANTIZED_TEXT = ("select24", "sparsify24_quantized_tile")
+QUANTIZED_TEXT = ("select24", "select24_pairs", "sparsify24_quantized_tile")
 
 BLOCK_K = 64
 NUM_WARPS = 4
@@ -67,6 +67,21 @@ def activation_constants(activation: str, select: str) -> dict[str, bool | int]:
         "SQUARE": activation == "relu2",
         "ORDER": _ORDERS[select] if signed else _NON_NEGATIVE,
     }
+
+
+def is_paired(dtype: torch.dtype, activation: str, select: str, *, even: bool) -> bool:
+    """Whether ``sparsify24_quantized`` handles two groups at a time.
+
+    Args:
+        dtype: of the activation.
+        activation: see :func:`inductor_sparse.ops.sparsify24_quantized`.
+        select: likewise.
+        even: whether rows are contiguous, begin at multiples of 4 bytes and have an
+            even number of columns.
+    """
+    by_value = activation_constants(activation, select)["ORDER"] == _ORDERS["largest"]
+    # Its text has PTX in it.
+    return even and dtype.itemsize == 2 and not by_value and torch.version.hip is None
 
 
 def takes(x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -129,12 +144,15 @@ def sparsify24_quantized(
     scales = x.new_empty(M, dtype=torch.float32)
     module = triton_text.load(*QUANTIZED_TEXT, f"{op}_eager")
     plan = row_plan(K)
+    row_stride, column_stride = x.stride()
+    even = column_stride == 1 and not (row_stride % 2 or K % 2 or x.data_ptr() % 4)
     with torch.cuda.device(x.device):
         module.sparsify24_quantized_kernel[(metadata.shape[0] * formats.BLOCK,)](
             *(x, values, metadata, scales, scales if energy is None else energy),
             *(M, K, *x.stride()),
             **activation_constants(activation, select),
             FLOAT8=dtype == torch.float8_e4m3fn,
+            PAIRED=is_paired(x.dtype, activation, select, even=even),
             EVEN_K=K % plan.block_k == 0,
             HAS_ENERGY=energy is not None,
             BLOCK_K=plan.block_k,

@@ -156,3 +156,58 @@ def test_a_cuda_graph_replays_with_other_densities(M: int) -> None:
         gate.copy_(sparse(M, 1000, density=density, dtype=BF16))
         graph.replay()
         assert torch.equal(out, fn(gate, x, w_up, w_down))
+
+
+def two_layers(gate: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """Kernels for few tokens, one after the other and with others in between."""
+    h = OPS.glu_spmm(gate, x, w_up, w_down, "relu")
+    h = OPS.activation_spmm(h @ w_up.t(), w_down, "relu2")
+    return OPS.activation_spmm(h, w_down[:256], "relu") + h
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_kernels_that_are_launched_before_those_before_them_have_ended(M: int) -> None:
+    torch.manual_seed(0)
+    plain = compiled(two_layers)
+    x = torch.randn(M, 256, device="cuda", dtype=BF16)
+    w_up, w_down = dense(4000, 256, dtype=BF16), dense(4000, 256, dtype=BF16)
+    gates = [sparse(M, 4000, density=d, dtype=BF16) for d in DENSITIES]
+    expected = [plain(gate, x, w_up, w_down).clone() for gate in gates]
+    early = compiled(two_layers, **{"triton.cudagraphs": True})
+    for _ in range(20):
+        for gate, result in zip(gates, expected, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(early(gate, x, w_up, w_down), result)
+
+
+def test_a_graph_of_the_caller_with_copies_and_two_streams() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = torch.nn.Linear(16384, 4096, bias=False, device="cuda", dtype=BF16)
+    model = torch.nn.Sequential(torch.nn.ReLU(), layer)
+    way = {"sparse.cuda_graphs": True}
+    fn = torch.compile(model, backend="sparse", dynamic=False, options=way)
+    sources = [sparse(1, 16384, density=d, dtype=BF16) for d in (0.05, 0.3)]
+    inputs = [torch.empty_like(source) for source in sources]
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        expected = [fn(source).clone() for source in sources]
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                inputs[1].copy_(sources[1])
+                second = fn(inputs[1])
+            inputs[0].zero_()
+            inputs[0].copy_(sources[0])
+            first = fn(inputs[0])
+            torch.cuda.current_stream().wait_stream(side)
+            total = first + second
+    for _ in range(50):
+        for tensor in (*inputs, first, second, total):
+            tensor.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(first, expected[0])
+        assert torch.equal(second, expected[1])
+        assert torch.equal(total, expected[0] + expected[1])

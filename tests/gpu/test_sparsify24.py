@@ -84,6 +84,24 @@ def test_quantized_bits_are_those_of_the_reference(
         assert same_bits(results[2], expected[2])
 
 
+@pytest.mark.parametrize("quantized", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("activation", "select"), WAYS)
+def test_quantized_bits_of_every_number(
+    activation: str, select: str, dtype: torch.dtype, quantized: torch.dtype
+) -> None:
+    needs(quantized)
+    order = torch.randperm(2**16, generator=torch.Generator().manual_seed(0))
+    neighbours = torch.arange(2**16)
+    bits = torch.cat((order, neighbours)).to(torch.int16).view(1024, 128)
+    x = bits.view(dtype)
+    arguments = (activation, select, quantized)
+    results = sparse.sparsify24_quantized(x.cuda(), *arguments)
+    expected = ops.sparsify24_quantized(x, *arguments)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert same_bits(actual, wanted)
+
+
 def test_a_row_that_is_read_twice() -> None:
     x = any_bits(70, sparsify24_cuda.LARGEST_WHOLE_ROW + 100, torch.float16, 0.0)
     results = sparse.sparsify24_quantized(x.cuda(), "relu2", "largest", torch.int8)

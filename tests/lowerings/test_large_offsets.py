@@ -178,7 +178,7 @@ def test_packing_in_8_bits(
         text: Any = (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager")
         plan = sparsify24_cuda.row_plan(K)
         how |= sparsify24_cuda.activation_constants(*way)
-        how |= {"FLOAT8": False, "EVEN_K": True, "HAS_ENERGY": False}
+        how |= {"FLOAT8": False, "PAIRED": True, "EVEN_K": True, "HAS_ENERGY": False}
         how |= {"BLOCK_K": plan.block_k, "WHOLE": plan.whole}
         args = (x, values, words, scales, scales, M, K, K, 1)
         interpreter.run(text, "sparsify24_quantized_kernel", (16, 1, 1), *args, **how)

@@ -155,12 +155,15 @@ def quantize(
     plan: sparsify24_cuda.RowPlan,
     energy: Tensor | None = None,
     blocks: int | None = None,
+    paired: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """``(values, metadata, row_scale, energy)`` as the kernel computes them.
 
     With ``blocks`` only of so many blocks of 64 rows.
     """
     M, K = x.shape
+    if paired is None:
+        paired = sparsify24_cuda.is_paired(x.dtype, *way, even=K % 2 == 0)
     results = (*packed(M, K, dtype), torch.full((M,), -1.0))
     left = interpreter.run(
         (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager"),
@@ -169,6 +172,7 @@ def quantize(
         *(x, *results, results[2] if energy is None else energy, M, K, *x.stride()),
         **sparsify24_cuda.activation_constants(*way),
         FLOAT8=dtype != torch.int8,
+        PAIRED=paired,
         EVEN_K=K % plan.block_k == 0,
         HAS_ENERGY=energy is not None,
         BLOCK_K=plan.block_k,
@@ -193,10 +197,16 @@ def quantizable(K: int, dtype: torch.dtype) -> Tensor:
     ("source", "K", "way", "whole"),
     [
         (torch.bfloat16, 130, WAYS[0], True),
+        (torch.bfloat16, 131, WAYS[0], True),
+        (torch.float16, 126, WAYS[0], False),
         (torch.float16, 64, WAYS[1], True),
+        (torch.bfloat16, 66, WAYS[1], True),
         (torch.bfloat16, 100, WAYS[2], True),
         (torch.float32, 66, WAYS[3], True),
+        (torch.float32, 70, WAYS[0], True),
+        (torch.bfloat16, 66, WAYS[3], True),
         (torch.float16, 130, WAYS[3], False),
+        (torch.float16, 65, WAYS[3], False),
         (torch.bfloat16, 128, WAYS[2], False),
     ],
     ids=str,
@@ -218,6 +228,38 @@ def test_sparsify24_quantized(
     assert torch.equal(results[1], expected[1])
     assert same_bits(results[0], expected[0])
     assert same_bits(results[2], expected[2])
+
+
+@settings(max_examples=25)
+@given(
+    row=st.lists(NUMBERS | st.floats(width=16), min_size=1, max_size=35),
+    way=st.sampled_from((WAYS[0], WAYS[1], WAYS[3])),
+    source=st.sampled_from((torch.bfloat16, torch.float16)),
+    dtype=st.sampled_from(FORMATS),
+)
+def test_two_groups_at_a_time_of_any_row(
+    interpreter: Interpreter,
+    row: list[float],
+    way: tuple[str, str],
+    source: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    x = torch.tensor([row + row[::-1]]).to(source)
+    plan = sparsify24_cuda.row_plan(2 * len(row))
+    results = quantize(interpreter, x, way, dtype, plan, paired=True)
+    expected = ops.sparsify24_quantized(x, *way, dtype)
+    assert torch.equal(results[1], expected[1])
+    assert same_bits(results[0], expected[0])
+    assert same_bits(results[2], expected[2])
+
+
+def test_when_two_groups_are_handled_at_a_time() -> None:
+    is_paired = sparsify24_cuda.is_paired
+    assert is_paired(torch.float16, "relu2", "largest", even=True)
+    assert is_paired(torch.bfloat16, "identity", "largest_abs", even=True)
+    assert not is_paired(torch.bfloat16, "identity", "largest", even=True)
+    assert not is_paired(torch.float32, "relu2", "largest", even=True)
+    assert not is_paired(torch.bfloat16, "relu2", "largest", even=False)
 
 
 def small_integers(M: int, K: int) -> Tensor:

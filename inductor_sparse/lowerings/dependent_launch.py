@@ -1,0 +1,39 @@
+"""Programmatic dependent launch: a kernel takes its place while the one before ends.
+
+Its blocks then wait on the GPU for the results of that kernel (``griddepcontrol.wait``,
+PTX section "Parallel Synchronization and Communication Instructions"), and say when the
+next kernel may come (``griddepcontrol.launch_dependents``).  In a chain of kernels of a
+few microseconds each, that hides most of the launches.
+
+It is used where CUDA graphs launch the kernels.  Elsewhere the host is what takes long,
+and Inductor's fast launcher does not know of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor.virtualized import V
+
+from inductor_sparse import _compat
+from inductor_sparse.decisions import CUDA_GRAPHS_KEY
+
+
+def options(device: torch.device) -> dict[str, Any]:
+    """What a Triton template is given so that its kernel is launched like that.
+
+    Nothing where it is not: on GPUs before sm_90, on AMD's, and without CUDA graphs.
+    """
+    if not _is_captured() or torch.version.hip is not None:
+        return {}
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"DEPENDENT": True, "triton_meta": {"launch_pdl": True}}
+
+
+def _is_captured() -> bool:
+    """Whether CUDA graphs launch the kernels: Inductor's, or those of its caller."""
+    node = V.graph.current_node
+    told = node is not None and node.meta.get(CUDA_GRAPHS_KEY, False)
+    return bool(told) or _compat.uses_cuda_graphs()
