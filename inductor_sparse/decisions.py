@@ -14,9 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CUDA_GRAPHS_KEY = "inductor_sparse_cuda_graphs"
-"""``node.meta`` key: whether CUDA graphs launch the kernels of a rewritten node."""
-
 
 class Tier(str, enum.Enum):
     """Whether a rewrite can change numbers beyond the rounding of a reordered sum."""

@@ -8,6 +8,7 @@ turn kernels of that text into machine code, which nothing here can run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -40,7 +41,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves
 
-from inductor_sparse import _compat, lowerings
+from inductor_sparse import _compat, config, lowerings
 from inductor_sparse.decisions import Decision, GraphDecisions
 
 __all__ = [
@@ -111,7 +112,8 @@ def generate(
     sizes = (dynamic,) if isinstance(dynamic, int) else tuple(dynamic)
     lowerings.register_all()
     chosen = {**_compat.epilogue_fusion_options(), **(inductor or {})}
-    with fake_cuda(capability), inductor_config.patch(chosen):
+    asked = config.patch(**options) if options else contextlib.nullcontext()
+    with fake_cuda(capability), inductor_config.patch(chosen), asked:
         shape_env = ShapeEnv()
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         symbols = {size: _symbol(shape_env, size) for size in sizes}

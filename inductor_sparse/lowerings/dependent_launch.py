@@ -14,10 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.virtualized import V
 
-from inductor_sparse import _compat
-from inductor_sparse.decisions import CUDA_GRAPHS_KEY
+from inductor_sparse import _compat, config
 
 
 def options(device: torch.device) -> dict[str, Any]:
@@ -25,15 +23,9 @@ def options(device: torch.device) -> dict[str, Any]:
 
     Nothing where it is not: on GPUs before sm_90, on AMD's, and without CUDA graphs.
     """
-    if not _is_captured() or torch.version.hip is not None:
+    captured = config.cuda_graphs or _compat.uses_cuda_graphs()
+    if not captured or torch.version.hip is not None:
         return {}
     if torch.cuda.get_device_capability(device) < (9, 0):
         return {}
     return {"DEPENDENT": True, "triton_meta": {"launch_pdl": True}}
-
-
-def _is_captured() -> bool:
-    """Whether CUDA graphs launch the kernels: Inductor's, or those of its caller."""
-    node = V.graph.current_node
-    told = node is not None and node.meta.get(CUDA_GRAPHS_KEY, False)
-    return bool(told) or _compat.uses_cuda_graphs()

@@ -17,14 +17,7 @@ from torch import fx
 
 from inductor_sparse import config, profitability
 from inductor_sparse._compat import size_hint, uses_cuda_graphs
-from inductor_sparse.decisions import (
-    CUDA_GRAPHS_KEY,
-    Decision,
-    GraphDecisions,
-    Reason,
-    Status,
-    Tier,
-)
+from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
 from inductor_sparse.passes.choice import Choice, Regime
 from inductor_sparse.passes.emit import emit_sparse24, scaled_and_shifted
 from inductor_sparse.passes.fx_utils import (
@@ -280,7 +273,6 @@ def close_applied(decision: Decision, site: Site, product: fx.Node) -> None:
     decision.status = Status.APPLIED
     decision.op = op_name(product)
     product.meta[SITE_KEY] = decision.site
-    product.meta[CUDA_GRAPHS_KEY] = decision.cuda_graphs
     finish_site(site, product)
 
 

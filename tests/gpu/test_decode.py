@@ -165,6 +165,8 @@ def two_layers(gate: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return OPS.activation_spmm(h, w_down[:256], "relu") + h
 
 
+# Torch's own: its graph trees begin with one.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("M", [1, 4])
 def test_kernels_that_are_launched_before_those_before_them_have_ended(M: int) -> None:
     torch.manual_seed(0)

@@ -116,7 +116,8 @@ def test_a_compiled_ffn(mode: str, caplog: pytest.LogCaptureFixture) -> None:
         expected = model(x)
     difference = (result - expected).double().norm() / (expected - x).double().norm()
     dropped = reference.dropped_energy(hidden.cpu(), "identity", "largest_abs")
-    (site,) = inductor_sparse.report().sites
+    # Sites of other tests have decisions, and no calls.
+    (site,) = (site for site in inductor_sparse.report().sites if site.calls)
     assert "down" in site.site
     assert site.calls == 5
     assert site.dropped_energy == pytest.approx(dropped, rel=0.01)

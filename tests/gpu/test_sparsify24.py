@@ -95,6 +95,7 @@ def test_quantized_bits_of_every_number(
     neighbours = torch.arange(2**16)
     bits = torch.cat((order, neighbours)).to(torch.int16).view(1024, 128)
     x = bits.view(dtype)
+    x[x.isnan()] = torch.nan  # which of several is kept does not matter
     arguments = (activation, select, quantized)
     results = sparse.sparsify24_quantized(x.cuda(), *arguments)
     expected = ops.sparsify24_quantized(x, *arguments)

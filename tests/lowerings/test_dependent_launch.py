@@ -65,6 +65,7 @@ def test_a_kernel_waits_before_it_touches_memory(tmp_path: Path) -> None:
     for source in sources[:2]:  # nothing of ours follows the last one
         results = source.split("gdc_launch_dependents()")[1].split("@triton.jit")[0]
         assert "tl.store" in results
+    assert "gdc_launch_dependents" not in sources[2]
     for compiled in fake_cuda.compile_triton(made, tmp_path).values():
         wait = compiled.ptx.index("griddepcontrol.wait")
         assert "ld.global" not in compiled.ptx[:wait]
