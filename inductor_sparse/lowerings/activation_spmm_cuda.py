@@ -176,13 +176,18 @@ MOST_ROWS = 65535
 def takes(*tensors: ir.TensorBox) -> bool:
     """Whether the kernels take these operands: on a GPU, one dtype, few enough rows.
 
+    Not for a single result: Inductor drops the mask of a store to one element, to which
+    every column of a tile would then be stored.
+
     A symbolic number of rows is guarded to stay on its side of the limit, unless it is
     known to; one that comes out of data has no kernel.
     """
     dtype = tensors[0].get_dtype()
     rows = sympy.prod(tensors[0].get_size()[:-1])
+    single = rows == 1 and any(t.get_size()[-1] == 1 for t in tensors)
     return (
         dtype in DOT_DTYPES
+        and not single
         and not V.graph.cpp_wrapper
         and all(
             t.get_device().type == "cuda"
@@ -196,7 +201,7 @@ def takes(*tensors: ir.TensorBox) -> bool:
 
 def takes_scaled(z: ir.TensorBox, w: ir.TensorBox, w_scale: ir.TensorBox) -> bool:
     """Whether the kernels take these 8-bit rows and the scales of them."""
-    if not takes(z) or 0 in w.get_size():
+    if not takes(z) or 0 in w.get_size() or w.get_size()[1] == 1:
         return False
     devices = {tensor.get_device() for tensor in (z, w, w_scale)}
     # The compiler has no e4m3 before sm_89.

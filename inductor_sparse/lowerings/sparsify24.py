@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import empty_strided
+from torch._inductor.lowering import empty_strided, lowerings
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -93,9 +93,12 @@ def tuned_sparsify24_quantized(
     columns = _known(K)
     plan = sparsify24_cuda.row_plan(columns)
     x = realize_inputs(x)
+    # Inductor stores to a single element without a mask, and the rows beyond M, which
+    # have metadata only, would do that too.
+    rows = formats.BLOCK if M == 1 else M
     row_scale = _run(
         QUANTIZED_TEMPLATE,
-        ir.FixedLayout(x.get_device(), torch.float32, [M]),
+        ir.FixedLayout(x.get_device(), torch.float32, [rows]),
         x,
         [values, metadata],
         energy,
@@ -109,7 +112,7 @@ def tuned_sparsify24_quantized(
         num_warps=plan.num_warps,
         **sparsify24_cuda.activation_constants(activation, select),
     )
-    return values, metadata, row_scale
+    return values, metadata, lowerings[common.aten.slice.Tensor](row_scale, 0, 0, M)
 
 
 def _run(

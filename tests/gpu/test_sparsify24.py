@@ -124,11 +124,11 @@ def compiled_results(x: Tensor, quantized: torch.dtype | None) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("quantized", [None, *FORMATS], ids=str)
-@pytest.mark.parametrize("shape", [(100, 1000), (256, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2048), (100, 1000), (256, 2048)], ids=str)
 def test_compiled(shape: tuple[int, int], quantized: torch.dtype | None) -> None:
     needs(quantized or torch.int8)
     x = any_bits(*shape, torch.bfloat16, 0.0)
-    for given in (x, x.t()):
+    for given in (x, x, x, x.t()):
         results = compiled_results(given.cuda(), quantized)
         if quantized is None:
             expected = ops.sparsify24(given, "relu2", "largest")
