@@ -20,6 +20,7 @@ from inductor_sparse.passes import (
     cleanup,
     gated_matmul,
     higher_order,
+    matrix_vector,
     observe_density,
     relu_matmul,
     relu_squared_matmul,
@@ -31,6 +32,7 @@ from inductor_sparse.passes.producers import Family, Producer
 from inductor_sparse.passes.sites import Rejection, Site
 
 PIPELINE: tuple[GraphPass, ...] = (
+    matrix_vector.COMPOSE,
     canonicalize.PASS,
     relu_squared_matmul.RULE,
     relu_matmul.RULE,
@@ -39,6 +41,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     higher_order.PASS,
     observe_density.PASS,
     cleanup.PASS,
+    matrix_vector.DECOMPOSE,
 )
 """The passes in the order they run."""
 

@@ -64,9 +64,12 @@ _MODULE_PREFIX = re.compile(
     r"^(L__self__|[LG]\['[^']*'\](\.__closure__\[\d+\]\.cell_contents)?)\.?"
 )
 _MODULE_ITEM = re.compile(r"(?:\._modules)?\['?([^'\]]+)'?\]")
+COMPOSED_KEY = "inductor_sparse_composed"
+"""``node.meta`` key of matmuls that Inductor had decomposed."""
+
 # eager_input_vals are arguments: Inductor would read ours by another op's schema.
 _NOT_INHERITED = frozenset(
-    {"val", "tensor_meta", "inductor_sparse_site", "eager_input_vals"}
+    {"val", "tensor_meta", "inductor_sparse_site", COMPOSED_KEY, "eager_input_vals"}
 )
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 

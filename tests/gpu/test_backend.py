@@ -88,7 +88,8 @@ def test_prefill(dtype: torch.dtype, mode: str | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
 def test_decode(dtype: torch.dtype, mode: str | None) -> None:
     error, decision = run(model(dtype), tokens(1, dtype=dtype), mode=mode)
     assert decision.op == "activation_spmm", decision

@@ -1,0 +1,114 @@
+"""Matrix-vector products that Inductor decomposes are matmuls while the rules run.
+
+``coordinate_descent_tuning``, which ``mode="max-autotune"`` turns on, makes Inductor
+decompose ``mm`` of a single row on a GPU into ``(a[:, :, None] * b[None]).sum(1)``, and
+``bmm`` likewise: as a reduction it reads a weight faster than cuBLAS does.  As that
+happens while the graph is traced, no rule would find a matmul in it.
+
+What no rule has rewritten is taken apart again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from inductor_sparse.passes.base import PassContext
+from inductor_sparse.passes.fx_utils import (
+    COMPOSED_KEY,
+    aten,
+    input_of,
+    insert_call,
+    insert_traced,
+    is_call,
+    is_cast,
+    is_widening,
+    replace,
+    tensor_of,
+)
+from inductor_sparse.passes.sites import SITE_KEY
+
+_MATMULS = {3: aten.mm.default, 4: aten.bmm.default}
+"""By the dimensions of the products that are summed."""
+
+
+class Compose:
+    """Every decomposed matrix-vector product becomes one ``mm`` or ``bmm``."""
+
+    name = "sparse_compose_matrix_vector"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Replace the nodes that spell a product by the product."""
+        for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+            operands = _operands(total)
+            if operands is None:
+                continue
+            product, a, b = operands
+            value = product.meta["val"]
+            matmul = insert_call(product, _MATMULS[1 + value.ndim], (a, b))
+            matmul.meta[COMPOSED_KEY] = True
+            replace(product, matmul)
+
+
+class Decompose:
+    """What is left of them is spelled as Inductor had it."""
+
+    name = "sparse_decompose_matrix_vector"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Decompose the products that were composed and not rewritten."""
+        for target in _MATMULS.values():
+            for matmul in graph.find_nodes(op="call_function", target=target):
+                if COMPOSED_KEY in matmul.meta:
+                    product = insert_traced(matmul, target, matmul.args)
+                    if SITE_KEY in matmul.meta:
+                        product.meta[SITE_KEY] = matmul.meta[SITE_KEY]
+                    replace(matmul, product)
+
+
+def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """``(product, a, b)`` if a sum is that of ``a @ b``, computed in float32.
+
+    ``product`` is the sum itself, or its cast to the dtype of 16-bit operands.
+    """
+    value, products = tensor_of(total), input_of(total)
+    if value is None or not is_call(products, {aten.mul.Tensor}):
+        return None
+    axis = value.ndim - 1
+    if value.dtype != torch.float32 or list(total.args[1:]) != [[axis]]:
+        return None
+    a, b = (
+        _without_axis(factor, at)
+        for factor, at in zip(products.args, (axis + 1, axis - 1), strict=True)
+    )
+    if a is None or b is None or axis + 2 not in _MATMULS:
+        return None
+    narrow_a, narrow_b = _narrow(a), _narrow(b)
+    dtype = narrow_a.meta["val"].dtype
+    if dtype != narrow_b.meta["val"].dtype:
+        return None
+    if dtype == torch.float32:
+        return total, narrow_a, narrow_b
+    users = list(total.users)
+    if len(users) != 1 or not is_cast(users[0]) or users[0].meta["val"].dtype != dtype:
+        return None
+    return users[0], narrow_a, narrow_b
+
+
+def _without_axis(node: object, axis: int) -> fx.Node | None:
+    """The input of ``unsqueeze(axis)``, or None."""
+    value = tensor_of(node)
+    if value is None or not is_call(node, {aten.unsqueeze.default}):
+        return None
+    at = node.args[1]
+    assert isinstance(at, int)
+    return input_of(node) if at % value.ndim == axis else None
+
+
+def _narrow(node: fx.Node) -> fx.Node:
+    """What a cast has widened, or the node itself."""
+    return input_of(node) if is_widening(node) else node
+
+
+COMPOSE = Compose()
+DECOMPOSE = Decompose()

@@ -1,0 +1,165 @@
+"""Sites of one token in the graphs that ``mode="max-autotune"`` leaves to the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._inductor import config as inductor_config
+from tracing import calls, listing, rewrite, trace
+
+from inductor_sparse import config
+from inductor_sparse.decisions import GraphDecisions, Reason, Status
+
+K, N = 16384, 4096
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _max_autotune() -> Iterator[None]:
+    with (
+        inductor_config.patch(coordinate_descent_tuning=True),
+        config.patch(cuda_graphs=True),
+    ):
+        yield
+
+
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def traced(fn: Callable[..., Tensor], *args: Tensor) -> fx.GraphModule:
+    return trace(fn, *args, device="cuda")
+
+
+def on_hopper(gm: fx.GraphModule, static: Sequence[int]) -> GraphDecisions:
+    return rewrite(gm, static=static, architecture=lambda device: "sm_90")
+
+
+def matmuls(gm: fx.GraphModule) -> int:
+    return len(calls(gm, "mm")) + len(calls(gm, "bmm"))
+
+
+def down(z: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.relu(z) ** 2, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_site_of_one_token_is_found(dtype: torch.dtype) -> None:
+    gm = traced(down, empty(1, K, dtype=dtype), empty(N, K, dtype=dtype))
+    assert matmuls(gm) == 0
+    (decision,) = on_hopper(gm, [1]).decisions
+    assert (decision.rule, decision.op) == ("relu_squared_matmul", "activation_spmm")
+    assert decision.shapes == {"M": 1, "K": K, "N": N}
+    assert len(calls(gm, "activation_spmm")) == 1
+    assert not calls(gm, "mul")
+    assert not calls(gm, "sum")
+
+
+def test_a_gated_site_skips_the_up_projection_too() -> None:
+    def ffn(x: Tensor, *w: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, w[0])) * F.linear(x, w[1]), w[2])
+
+    gm = traced(ffn, empty(1, N), empty(K, N), empty(K, N), empty(N, K))
+    record = on_hopper(gm, [1, 2, 3])
+    assert [decision.op for decision in record.decisions] == ["glu_spmm"]
+    assert record.other_matmuls == 1
+    # The gate is computed as Inductor would have it.
+    assert matmuls(gm) == 0
+    assert len(calls(gm, "sum")) == 1
+
+
+def test_batches() -> None:
+    gm = traced(lambda z, w: F.relu(z) @ w, empty(2, 1, K), empty(2, K, N))
+    assert matmuls(gm) == 0
+    record = on_hopper(gm, [1])
+    assert [decision.shapes["B"] for decision in record.decisions] == [2]
+    assert len(calls(gm, "sum")) == (record.decisions[0].status is Status.DENSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_stays_dense_is_spelled_as_before(dtype: torch.dtype) -> None:
+    def layers(x: Tensor, *w: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, w[0])) ** 2, w[1]) + x
+
+    sizes = ((1, 64), (128, 64), (64, 128))
+    gm = traced(layers, *(empty(*size, dtype=dtype) for size in sizes))
+    before = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    record = on_hopper(gm, [1, 2])
+    (decision,) = record.decisions
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert record.other_matmuls == 1
+    after = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert sorted(map(str, after)) == sorted(map(str, before))
+
+
+def test_numbers_are_those_of_the_matmul() -> None:
+    z, w = torch.randn(1, 64), torch.randn(64, 32)
+
+    def spelled(z: Tensor, w: Tensor) -> Tensor:
+        return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum(1)
+
+    gm = trace(spelled, z, w)
+    rewrite(gm, static=[1])
+    assert len(calls(gm, "activation_spmm")) == 1
+    torch.testing.assert_close(gm(z, w), F.relu(z) @ w)
+
+
+def rounded_products(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum(1)
+
+
+def other_axis(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(1) * w.t().unsqueeze(0)).sum(2)
+
+
+def all_rows(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum((0, 1))
+
+
+def kept_axis(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum(1, keepdim=True)
+
+
+def in_float64(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum(1, dtype=torch.float64)
+
+
+def read_before_rounding(z: Tensor, w: Tensor) -> Tensor:
+    wide = (F.relu(z).float().unsqueeze(2) * w.float().unsqueeze(0)).sum(1)
+    return wide.to(z.dtype) + wide.sin()
+
+
+def wider_result(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).float().unsqueeze(2) * w.float().unsqueeze(0)).sum(1)
+
+
+def scaled(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * 2.0).sum(1) + w.sum()
+
+
+BF16 = torch.bfloat16
+LOOK_ALIKES: list[tuple[Any, torch.dtype]] = [
+    (rounded_products, BF16),
+    (read_before_rounding, BF16),
+    (wider_result, BF16),
+    (other_axis, torch.float32),
+    (all_rows, torch.float32),
+    (kept_axis, torch.float32),
+    (in_float64, torch.float32),
+    (scaled, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("fn", "dtype"), LOOK_ALIKES)
+def test_other_sums_are_left_alone(fn: Any, dtype: torch.dtype) -> None:
+    gm = trace(fn, torch.randn(1, 64).to(dtype), torch.randn(64, 32).to(dtype))
+    before = listing(gm)
+    record = rewrite(gm, static=[1])
+    assert not record.decisions
+    assert record.other_matmuls == 0
+    assert listing(gm) == before
