@@ -54,7 +54,7 @@ _READ_BYTES_PER_US = 4.3e6
 _PACK_BYTES_PER_US = 3.6e6
 """Reading and writing in equal parts."""
 _DENSE_FIXED_US = 2.0
-_DECODE_FIXED_US = {1: 5.5, 2: 7.2, 4: 7.0, GLU_MAX_TOKENS: 9.0}
+_DECODE_FIXED_US = {1: 5.5, 2: 7.0, 4: 7.0, GLU_MAX_TOKENS: 9.0}
 """Finding the neurons that so many tokens need, and adding up what blocks have summed;
 the rows themselves are read as fast as a dense product reads them."""
 _GATED_FIXED_US = {1: 11.0, 2: 25.0, 4: 34.0, GLU_MAX_TOKENS: 60.0}

@@ -356,7 +356,7 @@ def test_narrow_products_are_not_packed() -> None:
 
 def test_cuda_graphs_launch_small_products_in_no_time() -> None:
     gain = functools.partial(profitability.cuda.prefill_gain, 512, 8192, 8192)
-    assert gain("bfloat16") < 1 < gain("bfloat16", graphs=True)
+    assert gain("bfloat16") <= 1 < gain("bfloat16", graphs=True)
     site = functools.partial(run, M=512)
     assert site()[1].op == "sparse24_mm"
     with config.patch(cuda_graphs=False):
