@@ -105,6 +105,17 @@ def test_quantized(quantize: str, limit: float) -> None:
     assert error < limit
 
 
+@torch.no_grad()
+def test_one_token_in_8_bits() -> None:
+    module, x = model(bias=True), tokens(1)
+    options = {"sparse.quantize": "fp8", "sparse.activation_format": "2:4"}
+    compiled = torch.compile(module, backend="sparse", options=options)
+    exact = module(x).double()
+    for _ in range(20):
+        difference = compiled(x).double() - exact
+        assert difference.norm() / exact.norm() < 0.1
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 def test_predicted_scales(graphs: bool) -> None:
     options = {
