@@ -7,7 +7,8 @@ its file::
     <!-- end of table -->
 
 Of several rows of one measurement the last in the file counts.  A value from rows of an
-earlier protocol carries a :data:`MARK`.
+earlier protocol carries a :data:`MARK`; a gain for few tokens that autotuned sides took
+part in carries a :data:`TUNED`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ AXES = (
 )
 """What tells two measurements apart, in any benchmark."""
 MARK = "°"
+TUNED = "*"
 
 _TABLE = re.compile(
     r"(<!-- table (\w+) from (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -148,7 +150,7 @@ def decode_table(rows: Sequence[Row]) -> str:
             ("tokens", _of_any(lambda r: str(r["tokens"]))),
             ("dense us", _at(tenth, lambda r: _us(r["dense_us"]))),
             ("sparse us", _at(tenth, lambda r: _us(r["sparse_us"]))),
-            *((f"{d:.0%}", _at(("random", d), _gain)) for d in densities),
+            *((f"{d:.0%}", _at(("random", d), _decode_gain)) for d in densities),
             ("masked load", _at(tenth, _masked)),
             ("needed", _at(tenth, _needed)),
         ),
@@ -286,6 +288,11 @@ def _plain_gain(row: Row) -> str:
 
 def _gain(row: Row) -> str:
     return _plain_gain(row) + _mark(row)
+
+
+def _decode_gain(row: Row) -> str:
+    tuned = "max-autotune" in row["dense_candidates_us"]
+    return _gain(row) + (TUNED if tuned else "")
 
 
 def _interval(row: Row) -> str:

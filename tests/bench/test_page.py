@@ -119,12 +119,13 @@ def test_few_tokens_have_densities_side_by_side(ffn_row: Row) -> None:
     gpu = ffn_row | {"sparse_gb_per_s": 1500.0, "of_copy": 0.35, "dense_us": 40.0}
     gpu |= {"sparse_us": 8.0, "masked_load_us": 32.0}
     half = gpu | {"density": 0.5, "ratio": 0.98, "protocol": PROTOCOL - 1}
+    gpu["dense_candidates_us"] = {"default": 44.0, "max-autotune": 40.0}
     headers, _, line = table("decode", gpu, half, ffn_row | {"tokens": 17})
     assert headers[3:] == [
         *("dense us", "sparse us", "10%", "50%", "masked load", "needed")
     ]
     assert line == [
-        *("down", "4096, 16384", "1", "40.0", "8.0", "8.00x", "0.98x°"),
+        *("down", "4096, 16384", "1", "40.0", "8.0", "8.00x*", "0.98x°"),
         *("1.25x", "1.50 TB/s, 35%"),
     ]
 
