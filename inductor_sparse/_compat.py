@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -88,10 +89,13 @@ HAS_DESCRIPTORS = find_spec("torch._functorch._aot_autograd.descriptors") is not
 def input_descriptor(placeholder: fx.Node) -> tuple[str, int | None]:
     """What AOTAutograd says a placeholder is: its descriptor's class name and index.
 
-    ``("", None)`` where this torch, or this graph (the branch of a higher-order op),
-    carries no descriptors.
+    A tensor inside another one (the local part of a DTensor) is described by the input
+    that it is part of.  ``("", None)`` where this torch, or this graph (the branch of a
+    higher-order op), carries no descriptors.
     """
-    descriptor = placeholder.meta.get("desc")
+    descriptor: Any = placeholder.meta.get("desc")
+    while type(descriptor).__name__ == "SubclassGetAttrAOTInput":
+        descriptor = descriptor.base
     if descriptor is None:
         return "", None
     return type(descriptor).__name__, getattr(descriptor, "idx", None)
@@ -106,6 +110,21 @@ def traced_static_positions() -> frozenset[int]:
     context = torch._guards.TracingContext.try_get()
     metadata = getattr(context, "fw_metadata", None)
     return frozenset(getattr(metadata, "static_input_indices", None) or ())
+
+
+def gathered_parameters() -> frozenset[int]:
+    """The ``id`` of each parameter of a module that ``fully_shard`` has sharded.
+
+    Nothing is imported for it: where nobody has imported the package that shards
+    modules, none is sharded.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    states = sys.modules.get("torch.distributed._composable_state")
+    if kind is None:
+        return frozenset()
+    modules = list(getattr(states, "_module_state_mapping", ()))
+    sharded = (module for module in modules if isinstance(module, kind))
+    return frozenset(id(p) for module in sharded for p in module.parameters())
 
 
 def is_tracing() -> bool:

@@ -202,11 +202,14 @@ def install_pass(
         SparsePlanError: the plan cannot be read.
     """
     users = patches.get(_SLOT, getattr(inductor_config, _SLOT))
-    # Tensors made under inference_mode count no versions: a copy could go stale.
+    # A copy of these could go stale: tensors made under inference_mode count no
+    # versions, and fully_shard gathers a weight anew without counting one.
+    gathered = _compat.gathered_parameters()
     untracked = frozenset(
         position
         for position, value in enumerate(example_inputs)
-        if isinstance(value, torch.Tensor) and value.is_inference()
+        if isinstance(value, torch.Tensor)
+        and (value.is_inference() or id(value) in gathered)
     )
     sparse_pass = patches[_SLOT] = SparsePass(
         options,

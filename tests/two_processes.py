@@ -18,10 +18,17 @@ sys.stdin.readline()
 """In the middle of a script: what is above is done by both before what is below."""
 
 
-def at_once(script: str, **environment: str) -> list[str]:
-    """What each of the two prints behind :data:`WAIT`, which ``script`` must hold."""
+def at_once(script: str, seconds: float = 60, **environment: str) -> list[str]:
+    """What each of the two prints behind :data:`WAIT`, which ``script`` must hold.
+
+    They have so many seconds for it.  The environment variable ``RANK`` is 0 in the one
+    and 1 in the other.
+    """
     with contextlib.ExitStack() as both:
-        pair = [both.enter_context(_running(script, environment)) for _ in range(2)]
+        pair = [
+            both.enter_context(_running(script, {"RANK": rank, **environment}))
+            for rank in "01"
+        ]
         for process, complaints in pair:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", _text(complaints)
@@ -29,7 +36,7 @@ def at_once(script: str, **environment: str) -> list[str]:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        printed = [process.communicate(timeout=60)[0] for process, _ in pair]
+        printed = [process.communicate(timeout=seconds)[0] for process, _ in pair]
         for process, complaints in pair:
             assert process.returncode == 0, _text(complaints)
     return printed

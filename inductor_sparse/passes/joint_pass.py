@@ -44,7 +44,7 @@ class SparsePass(CustomGraphPass):
         user_passes: what the slot held before; they run first.
         demoted: sites that were too dense at run time, and from how many tokens on;
             None if no such site could be compiled again.
-        untracked_positions: positions of Dynamo's inputs that are inference tensors.
+        untracked_positions: positions of Dynamo's inputs whose changes go unnoticed.
         dynamo_graph: the graph Dynamo handed to the backend; it tells which inputs are
             parameters.  An inference graph, or an exported one, says so itself.
 
@@ -132,7 +132,8 @@ class SparsePass(CustomGraphPass):
         options = sorted((name, repr(value)) for name, value in self.options.items())
         plan = self._plan.to_dict() if self._plan is not None else None
         demoted = None if self.demoted is None else sorted(self.demoted.items())
-        parts = (source_hash(), options, plan, demoted, user_ids)
+        untracked = sorted(self._untracked)
+        parts = (source_hash(), options, plan, demoted, untracked, user_ids)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -109,8 +109,8 @@ def static_window(rhs: fx.Node, context: PassContext) -> Copy | Rejection:
     if weight.name in context.untracked_inputs:
         return Rejection(
             Reason.WEIGHT_UNTRACKED,
-            "the weight was made under inference_mode, so a change to it would not be "
-            "noticed; make the model outside of inference_mode",
+            "a change to the weight would not be noticed: it was made under "
+            "inference_mode, or fully_shard gathers it in each call",
         )
     if not context.option("weight_copies"):
         return _not_static("the sparse.weight_copies option is off")

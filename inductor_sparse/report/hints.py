@@ -36,8 +36,8 @@ HINTS: dict[Reason, str] = {
         "a buffer, allow sparse.weight_copies, or call inductor_sparse.prepare(model)"
     ),
     Reason.WEIGHT_UNTRACKED: (
-        "changes of this weight cannot be seen, because it was made in inference mode; "
-        "load the model outside torch.inference_mode()"
+        "changes of this weight cannot be seen; load the model outside "
+        "torch.inference_mode(), and leave weights that are to be skipped unsharded"
     ),
     Reason.TRAINING_GRAPH: (
         "this site is rewritten in inference only; run it under torch.no_grad()"

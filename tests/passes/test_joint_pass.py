@@ -199,8 +199,9 @@ def test_uuid_tells_apart_what_compiles_differently() -> None:
         SparsePass({"strict": False}, demoted={"down:16x8": 4}),
         SparsePass({"strict": False}, demoted={"down:16x8": 2}),
         SparsePass({"strict": False}, (Recorder(),)),
+        SparsePass({"strict": False}, untracked_positions=frozenset({1})),
     ]
-    assert len({same, *(other.uuid() for other in others)}) == 6
+    assert len({same, *(other.uuid() for other in others)}) == 7
 
 
 @pytest.mark.parametrize("user_pass", [Recorder(None), lambda graph: None])

@@ -65,6 +65,11 @@ def scale_data(weight: nn.Parameter) -> None:
     weight.data.mul_(0.5)  # not seen by the version counter
 
 
+def announce_a_write(weight: nn.Parameter) -> None:
+    weight.data[50, 70] += 1.0  # not seen by the version counter, nor in the sample
+    torch.autograd.graph.increment_version(weight)
+
+
 def replace_data(weight: nn.Parameter) -> None:
     weight.data = torch.randn_like(weight)
 
@@ -87,6 +92,7 @@ def step(weight: nn.Parameter) -> None:
         add_in_place,
         write_one_element,
         scale_data,
+        announce_a_write,
         replace_data,
         replace_data_twice,
         step,
