@@ -42,6 +42,8 @@ _SMOOTH = {
     aten.hardsigmoid.default: "hardsigmoid",
     aten.log_sigmoid_forward.default: "logsigmoid",
 }
+ZERO_AT_ZERO = frozenset({"tanh", "silu", "gelu", "elu", "leaky_relu", "mish"})
+"""Smooth activations that map zero to zero, by the names of them used here."""
 _MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 _ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
 _POWS = frozenset({aten.pow.Tensor_Scalar})

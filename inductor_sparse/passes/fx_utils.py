@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Container
@@ -184,12 +185,20 @@ def is_zero(value: object) -> bool:
 
 def sign_test(node: object) -> tuple[str, fx.Node] | None:
     """``("gt", x)`` for a node comparing ``x`` with zero by gt, ge, lt or le."""
+    return threshold_test(node, largest=0.0)
+
+
+def threshold_test(
+    node: object, largest: float = math.inf
+) -> tuple[str, fx.Node] | None:
+    """As :func:`sign_test`, also for constants above zero, up to ``largest``."""
     if not is_call(node, _COMPARES):
         return None
     x, threshold = node.args[:2]
-    if not isinstance(x, fx.Node) or not is_zero(threshold):
+    constant = 0.0 if is_zero(threshold) else threshold
+    if not isinstance(x, fx.Node) or not isinstance(constant, (int, float)):
         return None
-    return op_name(node), x
+    return (op_name(node), x) if 0 <= constant <= largest else None
 
 
 def op_name(node: fx.Node) -> str:

@@ -28,9 +28,9 @@ from inductor_sparse.passes.fx_utils import (
     is_zero,
     peel,
     same_shape,
-    sign_test,
     source_tensor,
     tensor_of,
+    threshold_test,
 )
 
 if TYPE_CHECKING:
@@ -113,15 +113,24 @@ def _find(node: object, budget: int) -> Producer | None:
         return Producer(Family.PLAIN, "relu", node, z)
     name = activations.smooth_activation(node)
     if name is not None:
-        return _refuse(
-            Producer(Family.PLAIN, name, node),
-            Reason.ACTIVATION_NOT_SPARSE,
-            f"{name} is almost never exactly zero",
-        )
+        return _smooth(node, name, budget - 1)
     for targets, walk in _WALKS:
         if node.target in targets:
             return walk(node, budget - 1)
     return None
+
+
+def _smooth(node: fx.Node, name: str, budget: int) -> Producer:
+    """A smooth activation: it makes no zeros, but most of them keep those they get."""
+    producer = Producer(Family.PLAIN, name, node)
+    if name in activations.ZERO_AT_ZERO:
+        inner = (_find(source, budget) for source in node.all_input_nodes)
+        found = next((p for p in inner if p is not None and p.reason is None), None)
+        if found is not None:
+            activation = f"{name}({found.activation})"
+            return dataclasses.replace(producer, activation=activation)
+    why = f"{name} is almost never exactly zero"
+    return _refuse(producer, Reason.ACTIVATION_NOT_SPARSE, why)
 
 
 def _refuse(producer: Producer, reason: Reason, detail: str) -> Producer:
@@ -178,10 +187,13 @@ def _where(node: fx.Node, budget: int) -> Producer | None:
         kept, positive = if_false, ("le", "lt")
     else:
         return None
-    test = sign_test(condition)
+    test = threshold_test(condition)
     if test is not None and test[0] in positive and isinstance(kept, fx.Node):
         x = source_tensor(test[1])
         if source_tensor(kept) is x:
+            rectified = _find(kept, budget)
+            if rectified is not None and rectified.reason is None:
+                return rectified
             return Producer(Family.PLAIN, "relu", node)
         root = activations.square_root(kept)
         if root is not None and source_tensor(root) is x:
@@ -244,7 +256,7 @@ def _collect(node: fx.Node, into: _Factors, budget: int) -> None:
     assert product is not None
     for argument in node.args[:2]:
         mask = source_tensor(argument) if isinstance(argument, fx.Node) else None
-        test = sign_test(mask)
+        test = threshold_test(mask)
         if test is not None and test[0] in ("gt", "ge"):
             into.positive.append(source_tensor(test[1]))
         elif _is_dropout_mask(argument) or not _is_full(argument, product):
