@@ -213,7 +213,9 @@ def module_path(node: fx.Node) -> str:
     entries = list(stack.values())
     if not entries:
         return ""
-    path = _MODULE_PREFIX.sub("", str(entries[-1][0]))
+    # Behind a module that the graph sets attributes of, Dynamo asks its dictionary.
+    spelled = str(entries[-1][0]).replace(".__dict__['_modules']", "._modules")
+    path = _MODULE_PREFIX.sub("", spelled)
     path = _MODULE_ITEM.sub(r".\1", path).replace("_orig_mod.", "")
     return path.removeprefix("_modules").removeprefix(".")
 

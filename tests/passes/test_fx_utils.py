@@ -26,6 +26,8 @@ def node_with(**meta: Any) -> fx.Node:
         ("L['self'].layers.0.down", "layers.0.down"),
         ("L['self'].layers[0].down", "layers.0.down"),
         ("L['self']._modules['layers']._modules['0']", "layers.0"),
+        ("L['self'].lm.__dict__['_modules']['layers'].0.down", "lm.layers.0.down"),
+        ("L['self'].__dict__['_modules']['layers'].0", "layers.0"),
         ("L['self']._orig_mod.layers.0", "layers.0"),
         ("G['model'].layers.0", "layers.0"),
         ("L['fn'].__closure__[0].cell_contents.layers.0", "layers.0"),
