@@ -32,6 +32,16 @@ def test_every_option_is_listed() -> None:
     assert listed["plan"].variable == "INDUCTOR_SPARSE_PLAN"
 
 
+def test_every_environment_variable_is_listed() -> None:
+    sources = (ROOT / "inductor_sparse").rglob("*.py")
+    name = r"\bINDUCTOR_SPARSE_\w+"
+    named = {found for path in sources for found in re.findall(name, path.read_text())}
+    text = (ROOT / "docs" / "options.md").read_text()
+    rows = re.findall(r"^\| `(INDUCTOR_\w+)` \|", text, flags=re.MULTILINE)
+    assert rows == sorted(named)
+    assert len(rows) == 6
+
+
 def test_every_reason_is_explained_once() -> None:
     text = (ROOT / "docs" / "decisions.md").read_text()
     rows = re.findall(r"^\| `([a-z0-9-]+)` \|", text, flags=re.MULTILINE)

@@ -1,8 +1,8 @@
 """Write the documents that are made from code; ``--check`` only says if they are stale.
 
-``docs/options.md`` comes from :mod:`inductor_sparse.config`, ``docs/passes.md`` from
-the ``passes`` command, the tables of ``docs/performance.md`` from the rows in
-``benchmarks/results``.
+``docs/options.md`` comes from :mod:`inductor_sparse.config` and from the environment
+variables that the package names, ``docs/passes.md`` from the ``passes`` command, the
+tables of ``docs/performance.md`` from the rows in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +90,47 @@ def declared_options() -> list[Option]:
     return options
 
 
+VARIABLES_HEAD = """
+## Environment variables
+
+All that belong to this package. Those of options are read when `inductor_sparse.config` is
+imported; write a `bool` as `1` or `0`, because any other text counts as true.
+
+| variable | default | meaning |
+|---|---|---|
+"""
+VARIABLE_PREFIX = "INDUCTOR_SPARSE_"
+
+
+def other_variables() -> dict[str, str]:
+    """The environment variables that belong to no option -> their meaning.
+
+    They are module-level constants, and what they mean is the string below them.
+    """
+    found = {}
+    for path in sorted((ROOT / "inductor_sparse").rglob("*.py")):
+        statements = ast.parse(path.read_text()).body
+        for statement, below in pairwise(statements):
+            match statement, below:
+                case (
+                    ast.Assign(value=ast.Constant(value=str(name))),
+                    ast.Expr(value=ast.Constant(value=str(meaning))),
+                ) if name.startswith(VARIABLE_PREFIX):
+                    found[name] = " ".join(meaning.split())
+    return found
+
+
+def variables_section() -> str:
+    """The part of ``docs/options.md`` about environment variables."""
+    rows = {
+        option.variable: (code(option.default), f"The option `sparse.{option.name}`.")
+        for option in declared_options()
+        if option.variable
+    } | {name: ("unset", meaning) for name, meaning in other_variables().items()}
+    lines = (f"| `{name}` | {' | '.join(rows[name])} |\n" for name in sorted(rows))
+    return VARIABLES_HEAD + "".join(lines)
+
+
 def code(value: object) -> str:
     """``value`` as Python, marked as code."""
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
@@ -108,7 +150,7 @@ def options_page() -> str:
             config.HELP[option.name],
         )
         rows.append(f"| {' | '.join(cells)} |\n")
-    return OPTIONS_HEAD + "".join(rows)
+    return OPTIONS_HEAD + "".join(rows) + variables_section()
 
 
 PASSES_HEAD = """\

@@ -23,7 +23,7 @@ from inductor_sparse.errors import SparseError
 
 Row = dict[str, Any]
 COMMIT_VARIABLE = "INDUCTOR_SPARSE_COMMIT"
-"""Says what a copy of the checkout was made from, where its git cannot tell."""
+"""The commit that rows of benchmarks name; unset: what git says of the checkout."""
 FEW_TOKENS = 16
 """Up to here calls are short, may read only a part of their weights, and are judged by
 rates of memory on a GPU."""

@@ -19,7 +19,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 VARIABLE = "INDUCTOR_SPARSE_CACHE_DIR"
-"""Environment variable that names the folder; else it is inside Inductor's cache."""
+"""Folder of the compiled CUDA kernels; unset: one inside Inductor's cache folder."""
 
 _MAGIC = b"inductor_sparse cubin 1\n"
 _warned: set[str] = set()
