@@ -109,6 +109,9 @@ def inductor_configs(**options: Any) -> dict[str, Any]:
         options: ``sparse.*`` options without the prefix, e.g. ``disabled_rules="..."``;
             Inductor's own go into the returned dict.
 
+    Returns:
+        A new dict; options of Inductor may be added to it.
+
     Raises:
         SparseOptionError: an option is unknown, or has the wrong type or value.
     """

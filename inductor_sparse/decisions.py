@@ -55,18 +55,23 @@ class Reason(str, enum.Enum):
 class Decision:
     """One site and how it ended.
 
-    ``shapes`` holds ``M`` (tokens), ``K`` (reduction), ``N`` (output features) as ints
-    or as the text of a symbolic size.  ``density`` and ``dropped_energy`` are fractions
-    in [0, 1], ``None`` until measured; ``expected_gain`` is the ratio dense / sparse
-    time of this matmul expected by :mod:`inductor_sparse.profitability`;
-    ``weight_copy_bytes`` is the extra memory held by a row-contiguous copy of the
-    weight, 0 if none is needed; ``arch`` what kernels are looked up by: ``cpu``,
-    ``sm_90``, empty for a GPU that could not be asked.  ``cuda_graphs`` says whether
-    kernels of a GPU were expected to be launched by CUDA graphs.  ``kernel`` names the
-    op that packs, then the kernel of the product and its tile, ``tflops`` is the
-    measured rate of the product counted as a dense one, and ``of_dense_peak`` and
-    ``of_sparse_peak`` that as fractions of the device's: all of a 2:4 site on a GPU
-    that ``explain()`` has run.
+    ``module`` is the path of the module, as in ``named_modules()``, and ``source`` the
+    line of its code, as in ``model.py:41``; empty if unknown.  ``rule`` is the rule
+    that decided, ``detail`` a sentence for people.  ``shapes`` holds ``M`` (tokens),
+    ``K`` (reduction), ``N`` (output features) as ints or as the text of a symbolic
+    size; ``dtype`` is that of the product, as in ``bfloat16``, ``device`` a type, as in
+    ``cpu``.  ``density`` and ``dropped_energy`` are fractions in [0, 1], ``None`` until
+    measured; ``expected_gain`` is the ratio dense / sparse time of this matmul expected
+    by :mod:`inductor_sparse.profitability`; ``weight_copy_bytes`` is the extra memory
+    held by a row-contiguous copy of the weight, 0 if none is needed.  ``op`` took the
+    place of the matmul, empty if none did; ``activation`` is what feeds it, as in
+    ``relu2*up``; ``site`` is the key of the site, in a plan and in its graph; ``arch``
+    what kernels are looked up by: ``cpu``, ``sm_90``, empty for a GPU that could not be
+    asked.  ``cuda_graphs`` says whether kernels of a GPU were expected to be launched
+    by CUDA graphs.  ``kernel`` names the op that packs, then the kernel of the product
+    and its tile, ``tflops`` is the measured rate of the product counted as a dense one,
+    and ``of_dense_peak`` and ``of_sparse_peak`` that as fractions of the device's: all
+    of a 2:4 site on a GPU that ``explain()`` has run.
     """
 
     module: str
@@ -106,8 +111,10 @@ class Decision:
 class GraphDecisions:
     """Everything decided about one compiled graph.
 
-    ``from_cache`` is true when the graph came from a warm compile cache, so that no
-    pass ran and ``decisions`` is empty for that reason and no other.
+    ``graph`` is the name that Inductor's own dumps give it; ``other_matmuls`` counts
+    the matmuls that are no sites.  ``from_cache`` is true when the graph came from a
+    warm compile cache, so that no pass ran and ``decisions`` is empty for that reason
+    and no other.
     """
 
     graph: str

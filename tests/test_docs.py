@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import mktestdocs
 import pytest
 
+import inductor_sparse
 from inductor_sparse import config
 from inductor_sparse.decisions import Reason
-from tools import check_sizes, generate_docs
+from tools import api_page, check_sizes, generate_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -40,6 +43,24 @@ def test_every_environment_variable_is_listed() -> None:
     rows = re.findall(r"^\| `(INDUCTOR_\w+)` \|", text, flags=re.MULTILINE)
     assert rows == sorted(named)
     assert len(rows) == 6
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    missing = [n for n in inductor_sparse.__all__ if f"`{n}`" not in text]
+    assert missing == []
+    returned = [inspect.signature(f).return_annotation for f in api_page.FUNCTIONS]
+    classes = [kind for kind in returned if kind.isidentifier()]
+    assert classes == ["Explanation", "Plan", "SiteReport"]
+    assert [kind for kind in classes if f"### `{kind}`" not in text] == []
+
+
+@pytest.mark.parametrize("function", api_page.FUNCTIONS)
+def test_docstrings_say_what_is_taken_and_returned(function: Any) -> None:
+    page = api_page.section(function)
+    assert "\nReturns:\n" in page
+    taken = inspect.signature(function).parameters
+    assert [name for name in taken if f"\n- `{name}`: " not in page] == []
 
 
 def test_every_reason_is_explained_once() -> None:

@@ -1,5 +1,6 @@
 """Write the documents that are made from code; ``--check`` only says if they are stale.
 
+``docs/api.md`` comes from the docstrings of what is public (:mod:`tools.api_page`),
 ``docs/options.md`` comes from :mod:`inductor_sparse.config` and from the environment
 variables that the package names, ``docs/passes.md`` from the ``passes`` command, the
 tables of ``docs/performance.md`` from the rows in ``benchmarks/results``.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from inductor_sparse import config
 from inductor_sparse.bench import page
+from tools import api_page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,8 +95,8 @@ def declared_options() -> list[Option]:
 VARIABLES_HEAD = """
 ## Environment variables
 
-All that belong to this package. Those of options are read when `inductor_sparse.config` is
-imported; write a `bool` as `1` or `0`, because any other text counts as true.
+All that belong to this package. Those of options are read when `inductor_sparse.config`
+is imported; write a `bool` as `1` or `0`, because any other text counts as true.
 
 | variable | default | meaning |
 |---|---|---|
@@ -180,6 +182,7 @@ def stale() -> dict[Path, str]:
     """The generated files whose content is not what the code says -> right content."""
     performance = ROOT / "docs" / "performance.md"
     pages = {
+        ROOT / "docs" / "api.md": api_page.text(),
         performance: page.filled(performance.read_text(), ROOT),
         ROOT / "docs" / "options.md": options_page(),
         ROOT / "docs" / "passes.md": passes_page(),

@@ -32,7 +32,8 @@ def explain(
 
     Args:
         model: a module or a function; a result of ``torch.compile`` is unwrapped.
-        args: its positional arguments, real tensors.
+        args: its positional arguments; tensors of any shape, dtype and device that it
+            takes, with real values.
         options: as in ``torch.compile(..., options=...)``; ``sparse.strict`` does not
             apply here.
         kwargs: its keyword arguments, except one called ``options``: wrap such a model

@@ -25,8 +25,10 @@ _NO_SITE = "no site runs sparse in this process; inductor_sparse.explain() says 
 class ReportedSite:
     """A site that runs sparse.
 
-    ``calls``, ``kept_energy`` and ``dropped_energy`` (fractions of the sum of squares
-    of its activation) are None where nothing is counted: a site that skips zeros drops
+    ``site`` is its key, as in ``Decision.site``; ``device`` a type, as in ``cpu``;
+    ``format`` is ``exact`` where zeros are skipped, or ``2:4``.  ``calls``,
+    ``kept_energy`` and ``dropped_energy`` (fractions of the sum of squares of its
+    activation) are None where nothing is counted: a site that skips zeros drops
     nothing, and one that has not run has seen nothing.
     """
 
@@ -74,6 +76,9 @@ def report() -> SiteReport:
 
     A model from a warm compile cache has no decisions: of its sites those in the 2:4
     format are listed, once they have run.
+
+    Returns:
+        The :class:`SiteReport`: print it, or take ``.to_dict()``.
     """
     measured: dict[str, list[Energy]] = {}
     for energy in site_energy.read():

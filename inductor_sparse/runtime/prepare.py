@@ -23,7 +23,9 @@ def prepare(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     left alone, because moving it would untie the two.
 
     Args:
-        model: the module that has the layers, or is one.
+        model: the module that has the layers, or is one; their weights may have any
+            dtype and device.  Those of a tensor subclass, as sharded ones are, are left
+            alone.
         names: the layers to change, as ``model.named_modules()`` names them.  Without
             it those that do not widen, ``out_features <= in_features``: the down
             projections are among them, and the up projection of a gated FFN, whose
