@@ -19,12 +19,14 @@ from inductor_sparse.passes import (
     canonicalize,
     cleanup,
     gated_matmul,
+    grouped_matmul,
     higher_order,
     matrix_vector,
     observe_density,
     relu_matmul,
     relu_squared_matmul,
     scaled_matmul,
+    transposed_matmul,
 )
 from inductor_sparse.passes.base import GraphPass, PassContext, Rule
 from inductor_sparse.passes.emit import emit_activation_spmm
@@ -33,14 +35,17 @@ from inductor_sparse.passes.sites import Rejection, Site
 
 PIPELINE: tuple[GraphPass, ...] = (
     matrix_vector.COMPOSE,
+    transposed_matmul.TRANSPOSE,
     canonicalize.PASS,
     relu_squared_matmul.RULE,
     relu_matmul.RULE,
     gated_matmul.RULE,
     scaled_matmul.RULE,
+    grouped_matmul.PASS,
     higher_order.PASS,
     observe_density.PASS,
     cleanup.PASS,
+    transposed_matmul.RESTORE,
     matrix_vector.DECOMPOSE,
 )
 """The passes in the order they run."""

@@ -66,11 +66,15 @@ _MODULE_PREFIX = re.compile(
 )
 _MODULE_ITEM = re.compile(r"(?:\._modules)?\['?([^'\]]+)'?\]")
 COMPOSED_KEY = "inductor_sparse_composed"
-"""``node.meta`` key of matmuls that Inductor had decomposed."""
+"""``node.meta`` key of matmuls that had another form, and have it again if no rule
+rewrites them: what that was."""
 
 # eager_input_vals are arguments: Inductor would read ours by another op's schema.
 _NOT_INHERITED = frozenset(
-    {"val", "tensor_meta", "inductor_sparse_site", COMPOSED_KEY, "eager_input_vals"}
+    {
+        *("val", "tensor_meta", "eager_input_vals"),
+        *("inductor_sparse_site", "inductor_sparse_operand", COMPOSED_KEY),
+    }
 )
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
@@ -261,6 +265,8 @@ def insert_traced(
     values = plain_value(args)
     with torch._guards.detect_fake_mode(values) or nullcontext():
         traced = make_fx(function, select_decomp_table())(*values).graph
+    # Decompositions that gave up leave their first steps behind.
+    traced.eliminate_dead_code()
     made = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     for node in traced.nodes:
         if callable(node.target):

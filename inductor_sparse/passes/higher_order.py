@@ -15,11 +15,12 @@ from inductor_sparse.passes.base import (
 from inductor_sparse.passes.producers import Family
 from inductor_sparse.passes.sites import Rejection, forward_sites
 
-_RULES = {
+RULES = {
     Family.PLAIN: "relu_matmul",
     Family.SQUARED: "relu_squared_matmul",
     Family.GATED: "gated_matmul",
 }
+"""The rule that a site would belong to."""
 
 
 class HigherOrder:
@@ -34,7 +35,7 @@ class HigherOrder:
                 producer = site.producer
                 if producer is None or producer.reason is not None:
                     continue
-                rule = _RULES[producer.family]
+                rule = RULES[producer.family]
                 decision = open_decision(site, producer, context, rule, Tier.EXACT)
                 detail = f"inside the body of {operator}, which is not rewritten"
                 why = Rejection(Reason.HIGHER_ORDER_OP, detail)

@@ -26,10 +26,11 @@ from inductor_sparse.passes.fx_utils import (
     replace,
     tensor_of,
 )
-from inductor_sparse.passes.sites import SITE_KEY
+from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
 
 _MATMULS = {3: aten.mm.default, 4: aten.bmm.default}
 """By the dimensions of the products that are summed."""
+_DECOMPOSED = "decomposed"
 
 
 class Compose:
@@ -46,7 +47,7 @@ class Compose:
             product, a, b = operands
             value = product.meta["val"]
             matmul = insert_call(product, _MATMULS[1 + value.ndim], (a, b))
-            matmul.meta[COMPOSED_KEY] = True
+            matmul.meta[COMPOSED_KEY] = _DECOMPOSED
             replace(product, matmul)
 
 
@@ -59,10 +60,11 @@ class Decompose:
         """Decompose the products that were composed and not rewritten."""
         for target in _MATMULS.values():
             for matmul in graph.find_nodes(op="call_function", target=target):
-                if COMPOSED_KEY in matmul.meta:
+                if matmul.meta.get(COMPOSED_KEY) == _DECOMPOSED:
                     product = insert_traced(matmul, target, matmul.args)
                     if SITE_KEY in matmul.meta:
                         product.meta[SITE_KEY] = matmul.meta[SITE_KEY]
+                        product.meta[OPERAND_KEY] = input_of(matmul).name, False
                     replace(matmul, product)
 
 
@@ -83,6 +85,17 @@ def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     )
     if a is None or b is None or axis + 2 not in _MATMULS:
         return None
+    return without_widening(total, a, b)
+
+
+def without_widening(
+    total: fx.Node, a: fx.Node, b: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """``(result, a, b)`` of a float32 sum of products of ``a`` and ``b``.
+
+    Of 16-bit operands that were cast for it they are the operands themselves, and the
+    cast of the sum to their dtype; None if anything reads the sum before.
+    """
     narrow_a, narrow_b = _narrow(a), _narrow(b)
     dtype = narrow_a.meta["val"].dtype
     if dtype != narrow_b.meta["val"].dtype:

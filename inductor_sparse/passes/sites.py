@@ -23,6 +23,10 @@ _WITH_BIAS = frozenset({aten.addmm.default, aten.baddbmm.default})
 SITE_KEY = "inductor_sparse_site"
 """``node.meta`` key naming the site a node computes; see ``Decision.site``."""
 
+OPERAND_KEY = "inductor_sparse_operand"
+"""``node.meta`` key of a dense site that is not spelled ``a @ w``: the name of the node
+``a``, and whether its matrices are transposed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
@@ -80,21 +84,25 @@ def read_site(node: fx.Node) -> Site | None:
 
 
 def forward_sites(graph: fx.Graph) -> list[Site]:
-    """The matmuls of the forward that no rule has decided yet, in graph order.
+    """The matmuls of the forward that no rule has decided yet, in graph order."""
+    undecided = (n for n in forward_nodes(graph) if SITE_KEY not in n.meta)
+    return [site for node in undecided if (site := read_site(node)) is not None]
+
+
+def forward_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of the forward, in graph order.
 
     In a joint graph the backward is what depends on a tangent; it stays as traced.
     """
     backward: set[fx.Node] = set()
-    sites = []
+    forward = []
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and is_tangent_name(node.name)
         if is_tangent or any(source in backward for source in node.all_input_nodes):
             backward.add(node)
-        elif SITE_KEY not in node.meta:
-            site = read_site(node)
-            if site is not None:
-                sites.append(site)
-    return sites
+        else:
+            forward.append(node)
+    return forward
 
 
 def is_tangent_name(name: str) -> bool:

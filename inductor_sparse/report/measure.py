@@ -20,7 +20,7 @@ from inductor_sparse import reference
 from inductor_sparse.decisions import GraphDecisions
 from inductor_sparse.errors import SparseShapeError
 from inductor_sparse.passes.fx_utils import op_name
-from inductor_sparse.passes.sites import SITE_KEY
+from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
 from inductor_sparse.report import kernels
 from inductor_sparse.report.kernels import KernelUse
 
@@ -129,10 +129,16 @@ class MeasuringInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, measured: MeasuredGraph) -> None:
         super().__init__(gm)
         self._measured = measured
-        # What a packed product multiplies is seen where it is packed.
+        # What a packed product multiplies is seen where it is packed, and what a site
+        # that is spelled otherwise multiplies where that is computed.
         self._sites: dict[fx.Node, list[str]] = {}
+        self._operands: dict[str, list[tuple[str, bool]]] = {}
         for node in gm.graph.nodes:
-            if SITE_KEY in node.meta:
+            if OPERAND_KEY in node.meta:
+                name, transposed = node.meta[OPERAND_KEY]
+                operand = node.meta[SITE_KEY], transposed
+                self._operands.setdefault(name, []).append(operand)
+            elif SITE_KEY in node.meta:
                 at = packer(node) or node
                 self._sites.setdefault(at, []).append(node.meta[SITE_KEY])
 
@@ -143,6 +149,9 @@ class MeasuringInterpreter(fx.Interpreter):
             stats = self._measured.stats.setdefault(site, SiteStats())
             stats.add(matmul_operand(n.target, args))
         result = super().run_node(n)
+        for site, transposed in self._operands.get(n.name, ()):
+            stats = self._measured.stats.setdefault(site, SiteStats())
+            stats.add(result.mT if transposed else result)
         if n.target is _ops.sparse24_mm.default and SITE_KEY in n.meta:
             self._time(n, result)
         return result

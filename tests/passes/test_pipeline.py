@@ -29,8 +29,10 @@ def three_sites(x: Tensor, w: Tensor) -> Tensor:
 
 def test_order() -> None:
     names = [step.name for step in passes.PIPELINE]
-    assert names[:2] == ["sparse_compose_matrix_vector", "sparse_canonicalize"]
-    assert names[-2:] == ["sparse_cleanup", "sparse_decompose_matrix_vector"]
+    opened = ["sparse_compose_matrix_vector", "sparse_transpose_matmul"]
+    assert names[:3] == [*opened, "sparse_canonicalize"]
+    closed = ["sparse_restore_transposed", "sparse_decompose_matrix_vector"]
+    assert names[-3:] == ["sparse_cleanup", *closed]
     assert len(set(names)) == len(names)
     assert all(step.__doc__ for step in passes.PIPELINE)
 

@@ -73,7 +73,7 @@ def test_it_takes_a_site_from_the_package() -> None:
 def test_it_is_given_canonical_graphs() -> None:
     passes.register(EveryProducer("mine"))
     names = [step.name for step in passes.pipeline()]
-    assert names[1:4] == ["sparse_canonicalize", "mine", "relu_squared_matmul"]
+    assert names[2:5] == ["sparse_canonicalize", "mine", "relu_squared_matmul"]
     assert [n for n in names if n != "mine"] == [step.name for step in passes.PIPELINE]
 
 

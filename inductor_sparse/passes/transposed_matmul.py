@@ -1,0 +1,119 @@
+"""A matmul whose right operand is sparse is transposed while the rules run.
+
+The rules know ``a @ w``, a token in each row.  Written with tokens in columns, or for a
+single vector, a layer is ``w @ a``, which equals ``(a.T @ w.T).T``: only views differ.
+So is ``(w * a).sum(1)``, into which Inductor decomposes the product of a matrix and a
+vector.
+
+What no rule has rewritten is spelled as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from inductor_sparse.passes.base import PassContext
+from inductor_sparse.passes.fx_utils import (
+    COMPOSED_KEY,
+    aten,
+    input_of,
+    insert_call,
+    insert_traced,
+    is_call,
+    replace,
+    tensor_of,
+)
+from inductor_sparse.passes.matrix_vector import without_widening
+from inductor_sparse.passes.producers import find_producer
+from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
+
+_SWAPPED = {aten.mm.default: [1, 0], aten.bmm.default: [0, 2, 1]}
+"""Matmuls, and the permutation that transposes their matrices."""
+
+
+class Transpose:
+    """Every ``w @ a`` with a sparse ``a`` becomes ``(a.T @ w.T).T``."""
+
+    name = "sparse_transpose_matmul"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Replace matmuls, and sums that are products of a matrix and a vector."""
+        for target, swapped in _SWAPPED.items():
+            for matmul in graph.find_nodes(op="call_function", target=target):
+                w, a = input_of(matmul), input_of(matmul, 1)
+                if _is_sparse(a) and not _is_sparse(w):
+                    _transpose(matmul, target, swapped)
+        for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+            _as_matmul(total)
+
+
+class Restore:
+    """What is left of them is spelled as it was."""
+
+    name = "sparse_restore_transposed"
+
+    def __call__(self, graph: fx.Graph, context: PassContext) -> None:
+        """Undo the transposition of matmuls that were not rewritten."""
+        for target in _SWAPPED:
+            for matmul in graph.find_nodes(op="call_function", target=target):
+                original = matmul.meta.get(COMPOSED_KEY)
+                if original in (*_SWAPPED, aten.mv.default):
+                    _restore(matmul, original)
+
+
+def _is_sparse(node: fx.Node) -> bool:
+    producer = find_producer(node)
+    return producer is not None and producer.reason is None
+
+
+def _transpose(
+    matmul: fx.Node, target: Callable[..., object], swapped: list[int]
+) -> None:
+    transpose = aten.permute.default
+    a_T = insert_call(matmul, transpose, (matmul.args[1], swapped))
+    w_T = insert_call(matmul, transpose, (matmul.args[0], swapped))
+    product = insert_call(matmul, target, (a_T, w_T))
+    product.meta[COMPOSED_KEY] = target
+    replace(matmul, insert_call(matmul, transpose, (product, swapped)))
+
+
+def _as_matmul(total: fx.Node) -> None:
+    """Replace the sum, if it is one, of the products of a matrix and a vector."""
+    value, products = tensor_of(total), input_of(total)
+    if value is None or value.dtype != torch.float32 or list(total.args[1:]) != [[1]]:
+        return
+    if not is_call(products, {aten.mul.Tensor}):
+        return
+    w, a = products.args
+    if not isinstance(w, fx.Node) or not isinstance(a, fx.Node):
+        return
+    matrix, vector = tensor_of(w), tensor_of(a)
+    if matrix is None or vector is None or (matrix.ndim, vector.ndim) != (2, 1):
+        return
+    found = without_widening(total, w, a)
+    if found is None or not _is_sparse(found[2]):
+        return
+    product, w, a = found
+    row = insert_call(product, aten.unsqueeze.default, (a, 0))
+    w_T = insert_call(product, aten.permute.default, (w, [1, 0]))
+    matmul = insert_call(product, aten.mm.default, (row, w_T))
+    matmul.meta[COMPOSED_KEY] = aten.mv.default
+    replace(product, insert_call(product, aten.squeeze.dim, (matmul, 0)))
+
+
+def _restore(matmul: fx.Node, original: Callable[..., torch.Tensor]) -> None:
+    """Spell the result of a matmul as ``original`` of the operands in their order."""
+    (outer,) = matmul.users
+    a, w = (input_of(input_of(matmul, position)) for position in range(2))
+    before = insert_traced(outer, original, (w, a))
+    if SITE_KEY in matmul.meta:
+        before.meta[SITE_KEY] = matmul.meta[SITE_KEY]
+        before.meta[OPERAND_KEY] = a.name, original is not aten.mv.default
+    replace(outer, before)
+
+
+TRANSPOSE = Transpose()
+RESTORE = Restore()
