@@ -76,6 +76,17 @@ def graph_obstacle(context: PassContext) -> Rejection | None:
     return wrapper_obstacle()
 
 
+def order_obstacle(site: Site) -> Rejection | None:
+    """Why an activation is not packed in the order in which it lies, or None."""
+    activation = tensor_of(site.lhs)
+    if activation is None or activation.stride()[-1] == 1:
+        return None
+    return Rejection(
+        Reason.NOT_PROFITABLE,
+        "the tokens are columns in memory; what packing takes then was not measured",
+    )
+
+
 def layout_obstacle(site: Site) -> Rejection | None:
     """Why the weight cannot be read as it lies by bulk copies, or None."""
     value = tensor_of(site.rhs)

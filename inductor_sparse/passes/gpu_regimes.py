@@ -21,6 +21,7 @@ from inductor_sparse.passes.gpu_obstacles import (
     graph_obstacle,
     kernel_obstacle,
     layout_obstacle,
+    order_obstacle,
     replaces_activation,
     wrapper_obstacle,
 )
@@ -134,7 +135,9 @@ def choose_on_gpu(
     dense = replaces_activation(site)
     packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
-        packing, obstacles[Regime.PACK] = _packing(rule, site, packing, context)
+        packing, found = _packing(rule, site, packing, context)
+        unmeasured = None if wanted == "2:4" else order_obstacle(site)
+        obstacles[Regime.PACK] = found or unmeasured
     skipping = NOT_SKIPPING
     if Regime.SKIP in obstacles:
         skipping = read_skipping(rule, site, decision, context)
@@ -205,7 +208,8 @@ def _may_pack(obstacles: Obstacles, packing: Packing, decision: Decision) -> boo
     if Regime.PACK not in obstacles:
         return False
     obstacle = obstacles[Regime.PACK]
-    if obstacle is not None and obstacle.reason is Reason.UNSUPPORTED_SHAPE:
+    never = (Reason.UNSUPPORTED_SHAPE, Reason.NOT_PROFITABLE)
+    if obstacle is not None and obstacle.reason in never:
         return False
     return has_kernel(decision.arch, "sparse24_mm", packing.dtype, unverified=True)
 

@@ -333,3 +333,20 @@ def test_symbolic_tokens_in_int8_are_guarded(M: int, quantized: bool) -> None:
     options = {"quantize": "int8"}
     _, env = symbolic(M, ffn, N, (K, N), (N, K), **options)
     assert not any("17" in str(found.expr) for found in env.guards)
+
+
+def test_tokens_in_columns_are_not_packed_unless_asked_for() -> None:
+    assert MANY is not None
+
+    def layer(z: Tensor, w: Tensor) -> Tensor:
+        return w @ F.relu(z) ** 2
+
+    given = empty(K, MANY), empty(N, K)
+    _, record = decide(layer, *given)
+    (decision,) = record.decisions
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert decision.detail.startswith("the tokens are columns in memory")
+    _, record = decide(layer, *given, options={"activation_format": "2:4"})
+    assert [decision.op for decision in record.decisions] == ["sparse24_mm"]
+    _, record = decide(layer, empty(K, 1), empty(N, K))
+    assert [decision.op for decision in record.decisions] == ["activation_spmm"]
