@@ -1,6 +1,7 @@
 """``bench grid``: the rows behind the tables of a GPU, the most telling ones first.
 
 First what single figures need, then all shapes with one kind of data, then all data.
+What takes longest comes last: autotuned sides of everything.
 
 A list of ordinary ``bench`` commands, run in one process: importing torch, starting the
 device and measuring its ceilings take longer than many rows.  Rows that are in the file
@@ -33,10 +34,8 @@ SECONDS = 0.35
 def commands() -> Iterator[str]:
     """Every ``bench`` command of the grid, without device and file, in order."""
     yield from _gemm("8192x8192", "8192")
-    for tokens in PREFILL_TOKENS[:3]:
-        yield from _gemm(SIZES[0], str(tokens))
-    yield from _ffn(SIZES[0], str(PREFILL_TOKENS[0]), BOTH_SETTINGS)
-    yield from _decode_ops(1, BOTH_SETTINGS)
+    yield from _ffn(SIZES[0], str(PREFILL_TOKENS[0]), BOTH_SETTINGS, ONE_DATA)
+    yield from _decode_ops(1, BOTH_SETTINGS, "0.1")
     yield _decode("down", SIZES[0], 4)
     yield _decode("down", SIZES[1], 1)
     yield f"pack --dtype bfloat16 --size {SIZES[0]} --tokens 8192"
@@ -49,12 +48,13 @@ def commands() -> Iterator[str]:
         yield from _decode_ops(tokens, "default")
     for tokens in PREFILL_TOKENS:
         for size in SIZES:
+            yield from _gemm(size, str(tokens), f"{ALL_DATA} --quick")
             yield from _ffn(size, str(tokens), "default")
-            yield from _gemm(size, str(tokens))
     for tokens in DECODE_TOKENS:
         yield from _decode_ops(tokens, BOTH_SETTINGS)
     for tokens in PREFILL_TOKENS:
         for size in SIZES:
+            yield from _gemm(size, str(tokens))
             yield from _ffn(size, str(tokens), BOTH_SETTINGS)
 
 
@@ -105,14 +105,16 @@ def _ffn(size: str, tokens: str, settings: str, data: str = ALL_DATA) -> Iterato
         yield f"ffn --op ffn --no-gated --dtype bfloat16 --quantize {quantize} {what}"
 
 
-def _decode_ops(tokens: int, settings: str) -> Iterator[str]:
+def _decode_ops(
+    tokens: int, settings: str, densities: str = DECODE_DENSITIES
+) -> Iterator[str]:
     """Every op for a few tokens."""
     for op, gated in (
         ("down", "--no-gated"),
         ("ffn", "--no-gated"),
         ("ffn", "--gated"),
     ):
-        yield _decode(op, SIZES[0], tokens, gated, settings)
+        yield _decode(op, SIZES[0], tokens, gated, settings, densities)
 
 
 def _decode(
@@ -121,9 +123,10 @@ def _decode(
     tokens: int,
     gated: str = "--no-gated",
     settings: str = "default",
+    densities: str = DECODE_DENSITIES,
 ) -> str:
     """One op for few tokens, decided by plans as a calibrated user has them."""
     return (
         f"ffn --op {op} {gated} --dtype bfloat16 --size {size} --tokens {tokens} "
-        f"--settings {settings} --calibrate --density {DECODE_DENSITIES}"
+        f"--settings {settings} --calibrate --density {densities}"
     )
