@@ -18,6 +18,7 @@ from inductor_sparse.errors import SparseError
 from inductor_sparse.passes import (
     canonicalize,
     cleanup,
+    encoder_layer,
     gated_matmul,
     grouped_matmul,
     higher_order,
@@ -42,6 +43,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     gated_matmul.RULE,
     scaled_matmul.RULE,
     grouped_matmul.PASS,
+    encoder_layer.PASS,
     higher_order.PASS,
     observe_density.PASS,
     cleanup.PASS,
