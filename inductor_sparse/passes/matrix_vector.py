@@ -11,7 +11,7 @@ What no rule has rewritten is taken apart again.
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from inductor_sparse.passes.base import PassContext
 from inductor_sparse.passes.fx_utils import (
@@ -24,6 +24,7 @@ from inductor_sparse.passes.fx_utils import (
     is_cast,
     is_widening,
     replace,
+    same_size,
     tensor_of,
 )
 from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
@@ -77,13 +78,15 @@ def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     if value is None or not is_call(products, {aten.mul.Tensor}):
         return None
     axis = value.ndim - 1
-    if value.dtype != torch.float32 or list(total.args[1:]) != [[axis]]:
+    if axis + 2 not in _MATMULS or list(total.args[1:]) != [[axis]]:
+        return None
+    if {value.dtype, products.meta["val"].dtype} != {torch.float32}:
         return None
     a, b = (
         _without_axis(factor, at)
         for factor, at in zip(products.args, (axis + 1, axis - 1), strict=True)
     )
-    if a is None or b is None or axis + 2 not in _MATMULS:
+    if a is None or b is None or not _match(a.meta["val"], b.meta["val"], value.ndim):
         return None
     return without_widening(total, a, b)
 
@@ -106,6 +109,16 @@ def without_widening(
     if len(users) != 1 or not is_cast(users[0]) or users[0].meta["val"].dtype != dtype:
         return None
     return users[0], narrow_a, narrow_b
+
+
+def _match(a: Tensor, b: Tensor, ndim: int) -> bool:
+    """Whether these are the shapes of a matmul: a product broadcasts, which it cannot.
+
+    Sizes that are not known to be equal are not equal.
+    """
+    if not a.ndim == b.ndim == ndim:
+        return False
+    return all(map(same_size, (*a.shape[:-2], a.shape[-1]), b.shape[:-1]))
 
 
 def _without_axis(node: object, axis: int) -> fx.Node | None:

@@ -44,6 +44,12 @@ def matmuls(gm: fx.GraphModule) -> int:
     return len(calls(gm, "mm")) + len(calls(gm, "bmm"))
 
 
+def targets(gm: fx.GraphModule) -> list[str]:
+    """What the graph calls, in alphabetical order."""
+    called = (node for node in gm.graph.nodes if node.op == "call_function")
+    return sorted(str(node.target) for node in called)
+
+
 def down(z: Tensor, w: Tensor) -> Tensor:
     return F.linear(F.relu(z) ** 2, w)
 
@@ -88,13 +94,12 @@ def test_what_stays_dense_is_spelled_as_before(dtype: torch.dtype) -> None:
 
     sizes = ((1, 64), (128, 64), (64, 128))
     gm = traced(layers, *(empty(*size, dtype=dtype) for size in sizes))
-    before = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    before = targets(gm)
     record = on_hopper(gm, [1, 2])
     (decision,) = record.decisions
     assert decision.reason is Reason.NOT_PROFITABLE
     assert record.other_matmuls == 1
-    after = [node.target for node in gm.graph.nodes if node.op == "call_function"]
-    assert sorted(map(str, after)) == sorted(map(str, before))
+    assert targets(gm) == before
 
 
 def test_numbers_are_those_of_the_matmul() -> None:
@@ -142,9 +147,15 @@ def scaled(z: Tensor, w: Tensor) -> Tensor:
     return (F.relu(z).unsqueeze(2) * 2.0).sum(1) + w.sum()
 
 
+def products_summed_in_float32(z: Tensor, w: Tensor) -> Tensor:
+    products = F.relu(z).unsqueeze(2) * w.unsqueeze(0)
+    return products.sum(1, dtype=torch.float32).to(z.dtype)
+
+
 BF16 = torch.bfloat16
 LOOK_ALIKES: list[tuple[Any, torch.dtype]] = [
     (rounded_products, BF16),
+    (products_summed_in_float32, BF16),
     (read_before_rounding, BF16),
     (wider_result, BF16),
     (other_axis, torch.float32),
@@ -162,4 +173,31 @@ def test_other_sums_are_left_alone(fn: Any, dtype: torch.dtype) -> None:
     record = rewrite(gm, static=[1])
     assert not record.decisions
     assert record.other_matmuls == 0
+    assert listing(gm) == before
+
+
+@pytest.mark.parametrize(
+    ("z", "w"),
+    [
+        ((3, 1), (64, 32)),
+        ((3, 64), (1, 32)),
+        ((3, 64), (32,)),
+        ((1, 3, 64), (2, 64, 32)),
+        ((2, 3, 64), (1, 64, 32)),
+        ((3, 3, 64), (3, 32)),
+    ],
+    ids=str,
+)
+def test_factors_that_a_product_broadcasts(
+    z: tuple[int, ...], w: tuple[int, ...]
+) -> None:
+    axis = len(z) - 1
+
+    def fn(z: Tensor, w: Tensor) -> Tensor:
+        return (F.relu(z).unsqueeze(axis + 1) * w.unsqueeze(axis - 1)).sum(axis)
+
+    gm = trace(fn, torch.randn(z), torch.randn(w))
+    before = listing(gm)
+    record = rewrite(gm, static=[1])
+    assert (record.decisions, record.other_matmuls) == ([], 0)
     assert listing(gm) == before
