@@ -5,7 +5,9 @@ decompose ``mm`` of a single row on a GPU into ``(a[:, :, None] * b[None]).sum(1
 ``bmm`` likewise: as a reduction it reads a weight faster than cuBLAS does.  As that
 happens while the graph is traced, no rule would find a matmul in it.
 
-What no rule has rewritten is taken apart again.
+What no rule has rewritten is taken apart again.  A model may spell its products like
+that too: those come back as they were, not as a call of cuBLAS, which may round float32
+to TF32.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from inductor_sparse.passes.fx_utils import (
     aten,
     input_of,
     insert_call,
-    insert_traced,
     is_call,
     is_cast,
     is_widening,
+    prims,
     replace,
     same_size,
     tensor_of,
@@ -53,7 +55,7 @@ class Compose:
 
 
 class Decompose:
-    """What is left of them is spelled as Inductor had it."""
+    """What is left of them is spelled as it was."""
 
     name = "sparse_decompose_matrix_vector"
 
@@ -62,11 +64,31 @@ class Decompose:
         for target in _MATMULS.values():
             for matmul in graph.find_nodes(op="call_function", target=target):
                 if matmul.meta.get(COMPOSED_KEY) == _DECOMPOSED:
-                    product = insert_traced(matmul, target, matmul.args)
-                    if SITE_KEY in matmul.meta:
-                        product.meta[SITE_KEY] = matmul.meta[SITE_KEY]
-                        product.meta[OPERAND_KEY] = input_of(matmul).name, False
-                    replace(matmul, product)
+                    replace(matmul, _sum_of_products(matmul))
+
+
+def _sum_of_products(matmul: fx.Node) -> fx.Node:
+    """The nodes that a matmul was composed of, inserted before it."""
+    value = matmul.meta["val"]
+    axis = value.ndim - 1
+    wide = [_cast(matmul, input_of(matmul, i), torch.float32) for i in (0, 1)]
+    a, b = (
+        insert_call(matmul, aten.unsqueeze.default, (factor, at))
+        for factor, at in zip(wide, (axis + 1, axis - 1), strict=True)
+    )
+    if SITE_KEY in matmul.meta:
+        # Where the site is measured: like a matmul, it is given the left operand.
+        a.meta[SITE_KEY] = matmul.meta[SITE_KEY]
+    products = insert_call(matmul, aten.mul.Tensor, (a, b))
+    total = insert_call(matmul, aten.sum.dim_IntList, (products, [axis]))
+    return _cast(matmul, total, value.dtype)
+
+
+def _cast(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``node`` in another dtype, or itself if that is its own."""
+    if node.meta["val"].dtype == dtype:
+        return node
+    return insert_call(before, prims.convert_element_type.default, (node, dtype))
 
 
 def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

@@ -14,6 +14,8 @@ from tracing import calls, listing, rewrite, trace
 
 from inductor_sparse import config
 from inductor_sparse.decisions import GraphDecisions, Reason, Status
+from inductor_sparse.passes.fx_utils import input_of
+from inductor_sparse.passes.sites import SITE_KEY
 
 K, N = 16384, 4096
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -100,6 +102,10 @@ def test_what_stays_dense_is_spelled_as_before(dtype: torch.dtype) -> None:
     assert decision.reason is Reason.NOT_PROFITABLE
     assert record.other_matmuls == 1
     assert targets(gm) == before
+    (measured,) = (node for node in gm.graph.nodes if SITE_KEY in node.meta)
+    assert measured.meta[SITE_KEY] == decision.site
+    # What explain() takes for the left operand, and a matmul has there.
+    assert input_of(measured).meta["val"].shape == (1, 128)
 
 
 def test_numbers_are_those_of_the_matmul() -> None:
@@ -201,3 +207,25 @@ def test_factors_that_a_product_broadcasts(
     record = rewrite(gm, static=[1])
     assert (record.decisions, record.other_matmuls) == ([], 0)
     assert listing(gm) == before
+
+
+def spelled(z: Tensor, w: Tensor) -> Tensor:
+    axis = z.ndim - 1
+    factors = z.float().unsqueeze(axis + 1), w.float().unsqueeze(axis - 1)
+    return (factors[0] * factors[1]).sum(axis).to(z.dtype)
+
+
+@pytest.mark.parametrize("batches", [(), (2,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_that_spells_many_rows_like_that_gets_no_matmul(
+    dtype: torch.dtype, batches: tuple[int, ...]
+) -> None:
+    z, w = torch.randn(*batches, 3, 64).to(dtype), torch.randn(*batches, 64, 32)
+    w = w.to(dtype)
+    gm = trace(spelled, z, w)
+    before, expected = targets(gm), gm(z, w)
+    with inductor_config.patch(coordinate_descent_tuning=False):
+        record = rewrite(gm, static=[1])
+    assert record.other_matmuls == 1
+    assert targets(gm) == before
+    assert torch.equal(gm(z, w), expected)

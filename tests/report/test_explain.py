@@ -49,6 +49,20 @@ def test_density_is_that_of_the_operand_also_at_dense_sites() -> None:
     assert sites[1]["density"] == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_density_at_a_dense_site_that_is_a_sum_of_products(dtype: torch.dtype) -> None:
+    def matrix_vector(z: Tensor, w: Tensor) -> Tensor:
+        products = torch.relu(z).float().unsqueeze(2) * w.float().unsqueeze(0)
+        return products.sum(1).to(z.dtype)
+
+    z, w = torch.randn(1, 64).to(dtype), torch.randn(64, 32).to(dtype)
+    options = {"sparse.disabled_rules": "relu_matmul"}
+    (site,) = sites_of(explain(matrix_vector, z, w, options=options))
+    assert site["reason"] == "rule-disabled"
+    assert site["density"] == float((z > 0).double().mean())
+    assert 0.0 < site["dropped_energy"] < 0.2
+
+
 def test_conclusion_counts_the_other_matmuls() -> None:
     text = str(explain(Stack(relu2, nn.functional.gelu), tokens(3)))
     assert text.startswith(
