@@ -24,6 +24,9 @@ _INDUCTOR_PATCHES: dict[str, Any] = {
     # What runs after our passes changes speed only, and here only costs time.
     "pattern_matcher": False,
     "cpp_wrapper": False,
+    # Run node by node, a decomposed matrix-vector product would be as large as its
+    # weight in float32.  The passes undo the decomposition anyway.
+    "coordinate_descent_tuning": False,
 }
 _DYNAMO_PATCHES: dict[str, Any] = {
     # Every session compiles anew, on purpose: that is not a recompilation to limit.

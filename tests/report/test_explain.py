@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from report_models import FEATURES, FFN, HIDDEN, Broken, Stack, relu2, tokens
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
+from torch._inductor import config as inductor_config
 
 from inductor_sparse.errors import SparseOptionError, SparsePlanError
 from inductor_sparse.plan import Plan, SitePlan
@@ -61,6 +62,17 @@ def test_density_at_a_dense_site_that_is_a_sum_of_products(dtype: torch.dtype) -
     assert site["reason"] == "rule-disabled"
     assert site["density"] == float((z > 0).double().mean())
     assert 0.0 < site["dropped_energy"] < 0.2
+
+
+def test_matrix_vector_products_are_not_decomposed_for_it() -> None:
+    tuned: list[bool] = []
+
+    def look(graph: fx.Graph) -> None:
+        tuned.append(inductor_config.coordinate_descent_tuning)
+
+    options = {"coordinate_descent_tuning": True, "joint_custom_pre_pass": look}
+    explain(Stack(relu2), tokens(3), options=options)
+    assert tuned == [False]
 
 
 def test_conclusion_counts_the_other_matmuls() -> None:
