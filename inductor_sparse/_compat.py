@@ -148,6 +148,13 @@ def uses_cuda_graphs() -> bool:
     return bool(config.triton.cudagraphs)
 
 
+def has_own_dependent_launches() -> bool:
+    """Whether Inductor launches its own kernels before the ones before have ended."""
+    from torch._inductor import config
+
+    return bool(getattr(config.triton, "enable_pdl", False))
+
+
 def discards_parameters() -> bool:
     """Whether freezing erases the parameters of the model that is being compiled."""
     from torch._inductor import config

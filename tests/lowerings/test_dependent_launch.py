@@ -55,6 +55,23 @@ def test_only_by_cuda_graphs_and_from_sm_90_on(
     assert launched_early(made.code) == [expected] * 3
 
 
+def test_not_beside_kernels_that_do_not_wait() -> None:
+    def filling(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        ones = torch.ones_like(operands[0]).clone()
+        return OPS.activation_spmm(*operands, "relu"), ones
+
+    inductor = {"triton.cudagraphs": True, "triton.enable_pdl": True}
+    made = fake_cuda.generate(
+        filling, meta(1, 4096), meta(4096, 1024), inductor=inductor
+    )
+    sources = list(fake_cuda.triton_sources(made.code).values())
+    # Inductor's own kernel is the reason: it is launched early, and waits for nothing.
+    (own,) = (source for source in sources if "'launch_pdl': True" in source)
+    assert "gdc_wait()" not in own
+    assert len(sources) == 3
+    assert sum("gdc" in source for source in sources) == 0
+
+
 def test_a_kernel_waits_before_it_touches_memory(tmp_path: Path) -> None:
     tensors = [meta(*size) for size in SIZES]
     made = fake_cuda.generate(gated, *tensors, inductor={"triton.cudagraphs": True})
