@@ -84,6 +84,13 @@ def is_paired(dtype: torch.dtype, activation: str, select: str, *, even: bool) -
     return even and dtype.itemsize == 2 and not by_value and torch.version.hip is None
 
 
+def has_even_rows(x: Tensor) -> bool:
+    """Whether a matrix of 16-bit numbers is what :func:`is_paired` calls even."""
+    row_stride, column_stride = x.stride()
+    odd = row_stride % 2 or x.shape[1] % 2 or x.data_ptr() % 4
+    return column_stride == 1 and not odd
+
+
 def takes(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the kernels take ``x``, and give ``dtype`` on its device."""
     if x.dtype not in DTYPES or not x.numel() or not triton_text.available():
@@ -144,15 +151,13 @@ def sparsify24_quantized(
     scales = x.new_empty(M, dtype=torch.float32)
     module = triton_text.load(*QUANTIZED_TEXT, f"{op}_eager")
     plan = row_plan(K)
-    row_stride, column_stride = x.stride()
-    even = column_stride == 1 and not (row_stride % 2 or K % 2 or x.data_ptr() % 4)
     with torch.cuda.device(x.device):
         module.sparsify24_quantized_kernel[(metadata.shape[0] * formats.BLOCK,)](
             *(x, values, metadata, scales, scales if energy is None else energy),
             *(M, K, *x.stride()),
             **activation_constants(activation, select),
             FLOAT8=dtype == torch.float8_e4m3fn,
-            PAIRED=is_paired(x.dtype, activation, select, even=even),
+            PAIRED=is_paired(x.dtype, activation, select, even=has_even_rows(x)),
             EVEN_K=K % plan.block_k == 0,
             HAS_ENERGY=energy is not None,
             BLOCK_K=plan.block_k,

@@ -207,6 +207,49 @@ def test_rows_that_fit_are_read_once() -> None:
     assert not sparsify24_cuda.row_plan(None).whole
 
 
+EVEN: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x,
+    lambda x: x[:, :130],
+    lambda x: x[:, 8:],
+    lambda x: x + 1,
+    lambda x: x[:, ::2],  # copied first
+]
+UNEVEN: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x[:, :129],
+    lambda x: x[:, 1:129],
+    lambda x: x.t(),
+    lambda x: x.view(-1)[: 64 * 131].view(64, 131)[:, :130],
+]
+
+
+@pytest.mark.parametrize(
+    ("views", "dtype", "way", "paired"),
+    [
+        (EVEN, BF16, WAYS[0], True),
+        (UNEVEN, BF16, WAYS[0], False),
+        (EVEN[:1], BF16, WAYS[1], False),
+        (EVEN[:1], torch.float16, WAYS[2], True),
+        (EVEN[:1], torch.float32, WAYS[0], False),
+    ],
+    ids=["even", "uneven", "by value", "by magnitude", "float32"],
+)
+def test_two_groups_at_a_time_where_rows_are_even(
+    views: list[Callable[[Tensor], Tensor]],
+    dtype: torch.dtype,
+    way: tuple[str, str],
+    paired: bool,
+) -> None:
+    pack = packing(INT8, way)
+    for view in views:
+        made = generate(lambda x, view=view: pack(view(x)), empty(64, 256, dtype=dtype))
+        assert f"PAIRED : tl.constexpr = {paired}" in made.code
+
+
+def test_two_groups_at_a_time_of_rows_with_a_symbolic_number_of_columns() -> None:
+    made = generate(packing(INT8), empty(64, 256), dynamic=256)
+    assert "PAIRED : tl.constexpr = False" in made.code
+
+
 def test_energies_are_added_where_the_runtime_keeps_them() -> None:
     made = generate(packing(energy=True), empty(64, 128))
     assert "= kept_tensors.site_energy(" in made.code

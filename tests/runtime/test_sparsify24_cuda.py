@@ -37,6 +37,16 @@ def test_what_the_kernels_take() -> None:
     assert not sparsify24_cuda.takes(x[:, :0])
 
 
+def test_which_rows_are_even() -> None:
+    even, x = sparsify24_cuda.has_even_rows, torch.zeros(4, 12, dtype=torch.bfloat16)
+    assert even(x) and even(x[:, :10]) and even(x[:, 2:])
+    assert not even(x[:, :9])
+    assert not even(x[:, 1:11])  # begins between two words
+    assert not even(x[:, ::2])
+    assert not even(x.t())
+    assert not even(x.view(-1)[:44].view(4, 11)[:, :10])
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
