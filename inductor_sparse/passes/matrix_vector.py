@@ -108,7 +108,7 @@ def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         _without_axis(factor, at)
         for factor, at in zip(products.args, (axis + 1, axis - 1), strict=True)
     )
-    if a is None or b is None or not _match(a.meta["val"], b.meta["val"], value.ndim):
+    if a is None or b is None or not _match(a.meta["val"], b.meta["val"]):
         return None
     return without_widening(total, a, b)
 
@@ -133,14 +133,13 @@ def without_widening(
     return users[0], narrow_a, narrow_b
 
 
-def _match(a: Tensor, b: Tensor, ndim: int) -> bool:
-    """Whether these are the shapes of a matmul: a product broadcasts, which it cannot.
+def _match(a: Tensor, b: Tensor) -> bool:
+    """Whether these are the shapes of a matmul, not of a product that broadcasts.
 
     Sizes that are not known to be equal are not equal.
     """
-    if not a.ndim == b.ndim == ndim:
-        return False
-    return all(map(same_size, (*a.shape[:-2], a.shape[-1]), b.shape[:-1]))
+    inner_last = (*a.shape[:-2], a.shape[-1])
+    return a.ndim == b.ndim and all(map(same_size, inner_last, b.shape[:-1]))
 
 
 def _without_axis(node: object, axis: int) -> fx.Node | None:

@@ -128,6 +128,19 @@ def other_axis(z: Tensor, w: Tensor) -> Tensor:
     return (F.relu(z).unsqueeze(1) * w.t().unsqueeze(0)).sum(2)
 
 
+def over_rows(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum(0)
+
+
+def over_columns(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum(2)
+
+
+def two_batch_axes(z: Tensor, w: Tensor) -> Tensor:
+    a, b = F.relu(z).view(1, 1, *z.shape), w.view(1, 1, *w.shape)
+    return (a.unsqueeze(4) * b.unsqueeze(2)).sum(3)
+
+
 def all_rows(z: Tensor, w: Tensor) -> Tensor:
     return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum((0, 1))
 
@@ -165,6 +178,9 @@ LOOK_ALIKES: list[tuple[Any, torch.dtype]] = [
     (read_before_rounding, BF16),
     (wider_result, BF16),
     (other_axis, torch.float32),
+    (over_rows, torch.float32),
+    (over_columns, torch.float32),
+    (two_batch_axes, torch.float32),
     (all_rows, torch.float32),
     (kept_axis, torch.float32),
     (in_float64, torch.float32),
