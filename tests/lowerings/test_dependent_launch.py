@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inductor_sparse import config
+from inductor_sparse.lowerings import dependent_launch
+
 OPS = torch.ops.inductor_sparse
 SIZES = ((1, 4096), (1, 1024), (4096, 1024), (4096, 1024))
 
@@ -53,6 +56,15 @@ def test_only_by_cuda_graphs_and_from_sm_90_on(
         inductor={"triton.cudagraphs": captured},
     )
     assert launched_early(made.code) == [expected] * 3
+
+
+def test_not_on_gpus_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    device = torch.device("cuda", 0)
+    with config.patch(cuda_graphs=True):
+        assert dependent_launch.options(device)
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert dependent_launch.options(device) == {}
 
 
 def test_not_beside_kernels_that_do_not_wait() -> None:

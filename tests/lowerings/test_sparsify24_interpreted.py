@@ -253,13 +253,15 @@ def test_two_groups_at_a_time_of_any_row(
     assert same_bits(results[2], expected[2])
 
 
-def test_when_two_groups_are_handled_at_a_time() -> None:
+def test_when_two_groups_are_handled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     is_paired = sparsify24_cuda.is_paired
     assert is_paired(torch.float16, "relu2", "largest", even=True)
     assert is_paired(torch.bfloat16, "identity", "largest_abs", even=True)
     assert not is_paired(torch.bfloat16, "identity", "largest", even=True)
     assert not is_paired(torch.float32, "relu2", "largest", even=True)
     assert not is_paired(torch.bfloat16, "relu2", "largest", even=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not is_paired(torch.float16, "relu2", "largest", even=True)
 
 
 def small_integers(M: int, K: int) -> Tensor:

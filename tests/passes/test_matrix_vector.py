@@ -141,6 +141,25 @@ def two_batch_axes(z: Tensor, w: Tensor) -> Tensor:
     return (a.unsqueeze(4) * b.unsqueeze(2)).sum(3)
 
 
+def sums(z: Tensor, w: Tensor) -> Tensor:
+    return (F.relu(z).unsqueeze(2) + w.unsqueeze(0)).sum(1)
+
+
+def scaled_columns(z: Tensor, w: Tensor) -> Tensor:
+    square = torch.cat((w, w), 1)
+    return (F.relu(z).unsqueeze(1) * square.unsqueeze(0)).sum(1)
+
+
+def of_two_dtypes(z: Tensor, w: Tensor) -> Tensor:
+    wide = F.relu(z).float().unsqueeze(2) * w.float().sin().unsqueeze(0)
+    return wide.sum(1).to(z.dtype)
+
+
+def to_another_dtype(z: Tensor, w: Tensor) -> Tensor:
+    wide = F.relu(z).float().unsqueeze(2) * w.float().unsqueeze(0)
+    return wide.sum(1).half()
+
+
 def all_rows(z: Tensor, w: Tensor) -> Tensor:
     return (F.relu(z).unsqueeze(2) * w.unsqueeze(0)).sum((0, 1))
 
@@ -178,6 +197,10 @@ LOOK_ALIKES: list[tuple[Any, torch.dtype]] = [
     (read_before_rounding, BF16),
     (wider_result, BF16),
     (other_axis, torch.float32),
+    (of_two_dtypes, BF16),
+    (to_another_dtype, BF16),
+    (sums, torch.float32),
+    (scaled_columns, torch.float32),
     (over_rows, torch.float32),
     (over_columns, torch.float32),
     (two_batch_axes, torch.float32),
@@ -196,6 +219,24 @@ def test_other_sums_are_left_alone(fn: Any, dtype: torch.dtype) -> None:
     assert not record.decisions
     assert record.other_matmuls == 0
     assert listing(gm) == before
+
+
+def test_operands_that_were_rounded_to_float32_stay_rounded() -> None:
+    def rounded(z: Tensor, w: Tensor) -> Tensor:
+        z, w = F.relu(z).float(), w.float()
+        return (z.unsqueeze(2) * w.unsqueeze(0)).sum(1).double()
+
+    gm = trace(rounded, torch.randn(1, 64).double(), torch.randn(64, 32).double())
+    (decision,) = rewrite(gm, static=[1]).decisions
+    assert decision.dtype == "float32"
+
+
+def test_a_matmul_of_many_rows_stays_one() -> None:
+    gm = traced(lambda x, w: x @ w, empty(3, 64), empty(64, 32))
+    before = listing(gm)
+    assert on_hopper(gm, [1]).other_matmuls == 1
+    assert listing(gm) == before
+    assert matmuls(gm) == 1
 
 
 @pytest.mark.parametrize(
