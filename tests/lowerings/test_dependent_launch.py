@@ -100,6 +100,18 @@ def test_a_kernel_waits_before_it_touches_memory(tmp_path: Path) -> None:
         assert "ld.global" not in compiled.ptx[:wait]
 
 
+@pytest.mark.parametrize(("tokens", "first"), [(1, True), (2, False), (8, False)])
+def test_when_the_next_kernel_may_come(tokens: int, first: bool) -> None:
+    made = fake_cuda.generate(
+        lambda z, w: OPS.activation_spmm(z, w, "relu"),
+        *(meta(tokens, 4096), meta(4096, 1024)),
+        inductor={"triton.cudagraphs": True},
+    )
+    kernel = "\n".join(body(next(iter(fake_cuda.triton_sources(made.code).values()))))
+    (before, behind) = kernel.split("tl.extra.cuda.gdc_launch_dependents()")
+    assert "sums_of_share(" in (behind if first else before)
+
+
 class FFN(nn.Module):
     """28672 neurons, as a large model has."""
 
