@@ -33,7 +33,8 @@ from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
 
 _MATMULS = {3: aten.mm.default, 4: aten.bmm.default}
 """By the dimensions of the products that are summed."""
-_DECOMPOSED = "decomposed"
+DECOMPOSED = "decomposed"
+"""Under ``COMPOSED_KEY``: the matmul was a sum of products."""
 
 
 class Compose:
@@ -50,7 +51,7 @@ class Compose:
             product, a, b = operands
             value = product.meta["val"]
             matmul = insert_call(product, _MATMULS[1 + value.ndim], (a, b))
-            matmul.meta[COMPOSED_KEY] = _DECOMPOSED
+            matmul.meta[COMPOSED_KEY] = DECOMPOSED
             replace(product, matmul)
 
 
@@ -63,7 +64,7 @@ class Decompose:
         """Decompose the products that were composed and not rewritten."""
         for target in _MATMULS.values():
             for matmul in graph.find_nodes(op="call_function", target=target):
-                if matmul.meta.get(COMPOSED_KEY) == _DECOMPOSED:
+                if matmul.meta.get(COMPOSED_KEY) == DECOMPOSED:
                     replace(matmul, _sum_of_products(matmul))
 
 
@@ -71,20 +72,22 @@ def _sum_of_products(matmul: fx.Node) -> fx.Node:
     """The nodes that a matmul was composed of, inserted before it."""
     value = matmul.meta["val"]
     axis = value.ndim - 1
-    wide = [_cast(matmul, input_of(matmul, i), torch.float32) for i in (0, 1)]
+    wide = [cast(matmul, input_of(matmul, i), torch.float32) for i in (0, 1)]
     a, b = (
         insert_call(matmul, aten.unsqueeze.default, (factor, at))
         for factor, at in zip(wide, (axis + 1, axis - 1), strict=True)
     )
-    if SITE_KEY in matmul.meta:
-        # Where the site is measured: like a matmul, it is given the left operand.
-        a.meta[SITE_KEY] = matmul.meta[SITE_KEY]
     products = insert_call(matmul, aten.mul.Tensor, (a, b))
     total = insert_call(matmul, aten.sum.dim_IntList, (products, [axis]))
-    return _cast(matmul, total, value.dtype)
+    if SITE_KEY in matmul.meta:
+        # Where the site is measured: like a matmul, it is given the left operand.
+        marked = total if OPERAND_KEY in matmul.meta else a
+        keys = {SITE_KEY, OPERAND_KEY} & matmul.meta.keys()
+        marked.meta |= {key: matmul.meta[key] for key in keys}
+    return cast(matmul, total, value.dtype)
 
 
-def _cast(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+def cast(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     """``node`` in another dtype, or itself if that is its own."""
     if node.meta["val"].dtype == dtype:
         return node
@@ -94,7 +97,8 @@ def _cast(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """``(product, a, b)`` if a sum is that of ``a @ b``, computed in float32.
 
-    ``product`` is the sum itself, or its cast to the dtype of 16-bit operands.
+    ``product`` is the cast of the sum to the dtype of operands that were widened for
+    it, else the sum itself, of float32 operands.
     """
     value, products = tensor_of(total), input_of(total)
     if value is None or not is_call(products, {aten.mul.Tensor}):
@@ -116,21 +120,17 @@ def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 def without_widening(
     total: fx.Node, a: fx.Node, b: fx.Node
 ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """``(result, a, b)`` of a float32 sum of products of ``a`` and ``b``.
+    """``(product, a, b)`` of a float32 sum of products of ``a`` and ``b``.
 
-    Of 16-bit operands that were cast for it they are the operands themselves, and the
-    cast of the sum to their dtype; None if anything reads the sum before.
+    ``product`` is the cast of the sum to the dtype of operands that were widened for
+    it, else the sum itself, of float32 operands.
     """
-    narrow_a, narrow_b = _narrow(a), _narrow(b)
-    dtype = narrow_a.meta["val"].dtype
-    if dtype != narrow_b.meta["val"].dtype:
-        return None
-    if dtype == torch.float32:
-        return total, narrow_a, narrow_b
-    users = list(total.users)
-    if len(users) != 1 or not is_cast(users[0]) or users[0].meta["val"].dtype != dtype:
-        return None
-    return users[0], narrow_a, narrow_b
+    narrow, users = (_narrow(a), _narrow(b)), list(total.users)
+    dtypes = {node.meta["val"].dtype for node in narrow}
+    if len(users) == 1 and is_cast(users[0]) and {users[0].meta["val"].dtype} == dtypes:
+        return users[0], *narrow
+    wide = {node.meta["val"].dtype for node in (a, b)}
+    return (total, a, b) if wide == {torch.float32} else None
 
 
 def _match(a: Tensor, b: Tensor) -> bool:

@@ -21,14 +21,17 @@ from inductor_sparse.passes.fx_utils import (
     aten,
     input_of,
     insert_call,
-    insert_traced,
     is_call,
     replace,
+    same_size,
     tensor_of,
 )
-from inductor_sparse.passes.matrix_vector import without_widening
+from inductor_sparse.passes.matrix_vector import DECOMPOSED, cast, without_widening
 from inductor_sparse.passes.producers import find_producer
 from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
+
+_VECTOR, _TRANSPOSED, _TRANSPOSED_SUM = "mv", "transposed", "transposed sum"
+"""Under ``COMPOSED_KEY``: what a matmul was spelled like."""
 
 _SWAPPED = {aten.mm.default: [1, 0], aten.bmm.default: [0, 2, 1]}
 """Matmuls, and the permutation that transposes their matrices."""
@@ -59,9 +62,9 @@ class Restore:
         """Undo the transposition of matmuls that were not rewritten."""
         for target in _SWAPPED:
             for matmul in graph.find_nodes(op="call_function", target=target):
-                original = matmul.meta.get(COMPOSED_KEY)
-                if original in (*_SWAPPED, aten.mv.default):
-                    _restore(matmul, original)
+                form = matmul.meta.get(COMPOSED_KEY)
+                if form in (_VECTOR, _TRANSPOSED, _TRANSPOSED_SUM):
+                    _restore(matmul, form)
 
 
 def _is_sparse(node: fx.Node) -> bool:
@@ -76,7 +79,8 @@ def _transpose(
     a_T = insert_call(matmul, transpose, (matmul.args[1], swapped))
     w_T = insert_call(matmul, transpose, (matmul.args[0], swapped))
     product = insert_call(matmul, target, (a_T, w_T))
-    product.meta[COMPOSED_KEY] = target
+    was_sum = matmul.meta.get(COMPOSED_KEY) == DECOMPOSED
+    product.meta[COMPOSED_KEY] = _TRANSPOSED_SUM if was_sum else _TRANSPOSED
     replace(matmul, insert_call(matmul, transpose, (product, swapped)))
 
 
@@ -93,6 +97,8 @@ def _as_matmul(total: fx.Node) -> None:
     matrix, vector = tensor_of(w), tensor_of(a)
     if matrix is None or vector is None or (matrix.ndim, vector.ndim) != (2, 1):
         return
+    if not same_size(matrix.shape[1], vector.shape[0]):
+        return  # one of them is broadcast
     found = without_widening(total, w, a)
     if found is None or not _is_sparse(found[2]):
         return
@@ -100,18 +106,27 @@ def _as_matmul(total: fx.Node) -> None:
     row = insert_call(product, aten.unsqueeze.default, (a, 0))
     w_T = insert_call(product, aten.permute.default, (w, [1, 0]))
     matmul = insert_call(product, aten.mm.default, (row, w_T))
-    matmul.meta[COMPOSED_KEY] = aten.mv.default
+    matmul.meta[COMPOSED_KEY] = _VECTOR
     replace(product, insert_call(product, aten.squeeze.dim, (matmul, 0)))
 
 
-def _restore(matmul: fx.Node, original: Callable[..., torch.Tensor]) -> None:
-    """Spell the result of a matmul as ``original`` of the operands in their order."""
+def _restore(matmul: fx.Node, form: str) -> None:
+    """Spell the result of a matmul as it was, of the operands in their order."""
     (outer,) = matmul.users
     a, w = (input_of(input_of(matmul, position)) for position in range(2))
-    before = insert_traced(outer, original, (w, a))
+    if form == _VECTOR:
+        wide = (cast(outer, node, torch.float32) for node in (w, a))
+        products = insert_call(outer, aten.mul.Tensor, tuple(wide))
+        marked = insert_call(outer, aten.sum.dim_IntList, (products, [1]))
+        before = cast(outer, marked, outer.meta["val"].dtype)
+    else:
+        assert callable(matmul.target)
+        before = marked = insert_call(outer, matmul.target, (w, a))
+        if form == _TRANSPOSED_SUM:
+            marked.meta[COMPOSED_KEY] = DECOMPOSED
     if SITE_KEY in matmul.meta:
-        before.meta[SITE_KEY] = matmul.meta[SITE_KEY]
-        before.meta[OPERAND_KEY] = a.name, original is not aten.mv.default
+        marked.meta[SITE_KEY] = matmul.meta[SITE_KEY]
+        marked.meta[OPERAND_KEY] = a.name, form != _VECTOR
     replace(outer, before)
 
 

@@ -141,6 +141,10 @@ def two_batch_axes(z: Tensor, w: Tensor) -> Tensor:
     return (a.unsqueeze(4) * b.unsqueeze(2)).sum(3)
 
 
+def of_a_mask(z: Tensor, w: Tensor) -> Tensor:
+    return ((F.relu(z) > 1).unsqueeze(2) * w.unsqueeze(0)).sum(1)
+
+
 def sums(z: Tensor, w: Tensor) -> Tensor:
     return (F.relu(z).unsqueeze(2) + w.unsqueeze(0)).sum(1)
 
@@ -194,11 +198,8 @@ BF16 = torch.bfloat16
 LOOK_ALIKES: list[tuple[Any, torch.dtype]] = [
     (rounded_products, BF16),
     (products_summed_in_float32, BF16),
-    (read_before_rounding, BF16),
-    (wider_result, BF16),
     (other_axis, torch.float32),
-    (of_two_dtypes, BF16),
-    (to_another_dtype, BF16),
+    (of_a_mask, torch.float32),
     (sums, torch.float32),
     (scaled_columns, torch.float32),
     (over_rows, torch.float32),
@@ -221,14 +222,37 @@ def test_other_sums_are_left_alone(fn: Any, dtype: torch.dtype) -> None:
     assert listing(gm) == before
 
 
-def test_operands_that_were_rounded_to_float32_stay_rounded() -> None:
-    def rounded(z: Tensor, w: Tensor) -> Tensor:
-        z, w = F.relu(z).float(), w.float()
-        return (z.unsqueeze(2) * w.unsqueeze(0)).sum(1).double()
+def rounded_operands(z: Tensor, w: Tensor) -> Tensor:
+    z, w = F.relu(z.double()).float(), w.double().float()
+    return (z.unsqueeze(2) * w.unsqueeze(0)).sum(1).double()
 
-    gm = trace(rounded, torch.randn(1, 64).double(), torch.randn(64, 32).double())
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        read_before_rounding,
+        wider_result,
+        of_two_dtypes,
+        to_another_dtype,
+        rounded_operands,
+    ],
+)
+def test_a_product_in_float32_of_operands_of_other_dtypes(fn: Any) -> None:
+    z, w = torch.randn(1, 64).bfloat16(), torch.randn(64, 32).bfloat16()
+    gm = trace(fn, z, w)
     (decision,) = rewrite(gm, static=[1]).decisions
     assert decision.dtype == "float32"
+    torch.testing.assert_close(gm(z, w), fn(z, w))
+
+
+def test_a_matmul_of_widened_operands_is_found() -> None:
+    def down(z: Tensor, w: Tensor) -> Tensor:
+        return F.linear(F.relu(z).float(), w.float())
+
+    gm = traced(down, empty(1, K), empty(N, K))
+    assert matmuls(gm) == 0
+    (decision,) = on_hopper(gm, [1]).decisions
+    assert (decision.dtype, decision.op) == ("float32", "activation_spmm")
 
 
 def test_a_matmul_of_many_rows_stays_one() -> None:
