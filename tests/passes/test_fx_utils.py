@@ -12,6 +12,7 @@ from tracing import calls, trace
 
 from inductor_sparse.passes import fx_utils
 from inductor_sparse.passes.fx_utils import aten
+from inductor_sparse.passes.sites import SITE_KEY
 
 
 def node_with(**meta: Any) -> fx.Node:
@@ -104,3 +105,13 @@ def test_erasing_stops_at_random_numbers_and_at_users() -> None:
     assert (calls(gm, "relu"), calls(gm, "add")) == ([], [])
     assert len(calls(gm, "rand")) == 1
     gm.graph.lint()
+
+
+def test_an_inserted_call_has_the_origin_of_its_place_and_not_its_marks() -> None:
+    gm = trace(lambda a, b: a @ b, torch.randn(3, 4), torch.randn(4, 5))
+    (mm,) = calls(gm, "mm")
+    marks = {fx_utils.COMPOSED_KEY: True, SITE_KEY: "down:4x5"}
+    mm.meta.update(marks, stack_trace="here")
+    inserted = fx_utils.insert_call(mm, aten.mm.default, mm.args)
+    assert inserted.meta["stack_trace"] == "here"
+    assert not marks.keys() & inserted.meta.keys()
