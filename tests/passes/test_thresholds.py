@@ -88,3 +88,14 @@ def test_zeros_that_are_lost_before_or_in_it(act: Activation) -> None:
     gm = trace(lambda x, w: F.linear(act(x), w), x, w)
     (decision,) = rewrite(gm, static=[1]).decisions
     assert decision.reason is Reason.ACTIVATION_NOT_SPARSE
+
+
+def test_a_symbolic_threshold_may_be_negative() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        above = torch.where(x > x.shape[0] - 9, x, 0.0)
+        return F.linear(above, w)
+
+    gm = trace(fn, torch.randn(5, 8), torch.randn(6, 8), mode="symbolic")
+    (compared,) = calls(gm, "gt")
+    assert not isinstance(compared.args[1], int)
+    assert rewrite(gm, static=[1]).decisions == []
