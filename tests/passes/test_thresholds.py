@@ -99,3 +99,14 @@ def test_a_symbolic_threshold_may_be_negative() -> None:
     (compared,) = calls(gm, "gt")
     assert not isinstance(compared.args[1], int)
     assert rewrite(gm, static=[1]).decisions == []
+
+
+def test_a_threshold_behind_a_square_leaves_it_one() -> None:
+    def act(x: Tensor) -> Tensor:
+        square = F.relu(x) ** 2
+        return torch.where(square > 0.5, square, 0.0)
+
+    x, w = torch.randn(5, 8), torch.randn(6, 8)
+    gm, decision = rewrite_one(lambda x, w: F.linear(act(x), w), x, w)
+    assert (decision.rule, decision.activation) == ("relu_squared_matmul", "relu2")
+    torch.testing.assert_close(gm(x, w), F.linear(act(x), w))
