@@ -87,9 +87,11 @@ def _transpose(
 def _as_matmul(total: fx.Node) -> None:
     """Replace the sum, if it is one, of the products of a matrix and a vector."""
     value, products = tensor_of(total), input_of(total)
-    if value is None or value.dtype != torch.float32 or list(total.args[1:]) != [[1]]:
+    if value is None or list(total.args[1:]) != [[1]]:
         return
     if not is_call(products, {aten.mul.Tensor}):
+        return
+    if {value.dtype, products.meta["val"].dtype} != {torch.float32}:
         return
     w, a = products.args
     if not isinstance(w, fx.Node) or not isinstance(a, fx.Node):

@@ -82,6 +82,18 @@ def rounded_products(z: Tensor, w: Tensor) -> Tensor:
     return (w * F.relu(z)).sum(1)
 
 
+def rounded_before_the_sum(z: Tensor, w: Tensor) -> Tensor:
+    return (w * F.relu(z)).sum(1, dtype=torch.float32)
+
+
+def broadcast_vector(z: Tensor, w: Tensor) -> Tensor:
+    return (w * F.relu(z[:1])).sum(1)
+
+
+def broadcast_matrix(z: Tensor, w: Tensor) -> Tensor:
+    return (w[:, :1] * F.relu(z)).sum(1)
+
+
 def other_axis(z: Tensor, w: Tensor) -> Tensor:
     return (w.t() * F.relu(z)[:, None]).sum(0)
 
@@ -108,6 +120,9 @@ def scaled(z: Tensor, w: Tensor) -> Tensor:
 
 LOOK_ALIKES: list[tuple[Any, torch.dtype]] = [
     (rounded_products, torch.bfloat16),
+    (rounded_before_the_sum, torch.bfloat16),
+    (broadcast_vector, torch.float32),
+    (broadcast_matrix, torch.float32),
     (other_axis, torch.float32),
     (kept_axis, torch.float32),
     (of_two_matrices, torch.float32),
