@@ -10,7 +10,7 @@ What no rule has rewritten is spelled as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -28,12 +28,12 @@ from inductor_sparse.passes.fx_utils import (
 )
 from inductor_sparse.passes.matrix_vector import DECOMPOSED, cast, without_widening
 from inductor_sparse.passes.producers import find_producer
-from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY
+from inductor_sparse.passes.sites import OPERAND_KEY, SITE_KEY, forward_nodes
 
 _VECTOR, _TRANSPOSED, _TRANSPOSED_SUM = "mv", "transposed", "transposed sum"
 """Under ``COMPOSED_KEY``: what a matmul was spelled like."""
 
-_SWAPPED = {aten.mm.default: [1, 0], aten.bmm.default: [0, 2, 1]}
+_SWAPPED: dict[Any, list[int]] = {aten.mm.default: [1, 0], aten.bmm.default: [0, 2, 1]}
 """Matmuls, and the permutation that transposes their matrices."""
 
 
@@ -44,13 +44,14 @@ class Transpose:
 
     def __call__(self, graph: fx.Graph, context: PassContext) -> None:
         """Replace matmuls, and sums that are products of a matrix and a vector."""
-        for target, swapped in _SWAPPED.items():
-            for matmul in graph.find_nodes(op="call_function", target=target):
-                w, a = input_of(matmul), input_of(matmul, 1)
+        # Only the forward has sites; the gradient of a weight has such a form, too.
+        for node in forward_nodes(graph):
+            if is_call(node, {aten.sum.dim_IntList}):
+                _as_matmul(node)
+            elif is_call(node, _SWAPPED):
+                w, a = input_of(node), input_of(node, 1)
                 if _is_sparse(a) and not _is_sparse(w):
-                    _transpose(matmul, target, swapped)
-        for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-            _as_matmul(total)
+                    _transpose(node)
 
 
 class Restore:
@@ -72,13 +73,12 @@ def _is_sparse(node: fx.Node) -> bool:
     return producer is not None and producer.reason is None
 
 
-def _transpose(
-    matmul: fx.Node, target: Callable[..., object], swapped: list[int]
-) -> None:
-    transpose = aten.permute.default
+def _transpose(matmul: fx.Node) -> None:
+    transpose, swapped = aten.permute.default, _SWAPPED[matmul.target]
     a_T = insert_call(matmul, transpose, (matmul.args[1], swapped))
     w_T = insert_call(matmul, transpose, (matmul.args[0], swapped))
-    product = insert_call(matmul, target, (a_T, w_T))
+    assert callable(matmul.target)
+    product = insert_call(matmul, matmul.target, (a_T, w_T))
     was_sum = matmul.meta.get(COMPOSED_KEY) == DECOMPOSED
     product.meta[COMPOSED_KEY] = _TRANSPOSED_SUM if was_sum else _TRANSPOSED
     replace(matmul, insert_call(matmul, transpose, (product, swapped)))

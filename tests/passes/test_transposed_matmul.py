@@ -180,6 +180,19 @@ def test_the_density_is_that_of_the_activation(size: tuple[int, ...]) -> None:
     assert site.dropped_energy == pytest.approx(dropped)
 
 
+def test_the_backward_is_left_alone() -> None:
+    def step(z: Tensor, w: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        a = F.relu(z)
+        return a @ w, tangents.t() @ a  # the second: the gradient of a weight [N, K]
+
+    gm = trace(step, torch.randn(5, 64), W.t().contiguous(), torch.randn(5, 32))
+    tangents = gm.graph.find_nodes(op="placeholder")[2]
+    tangents.name = tangents.target = "tangents_1"
+    _, gradient = calls(gm, "mm")
+    rewrite(gm, static=[1])
+    assert gradient in list(gm.graph.nodes)
+
+
 def test_gradients() -> None:
     torch._dynamo.reset()
     model, x = Columns(), torch.randn(64, 100, requires_grad=True)
