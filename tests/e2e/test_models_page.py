@@ -69,17 +69,14 @@ GEMMA3N: dict[str, Any] = DECODER | {
 }
 # The class, its configuration, the last part of the paths of its down projections.
 CHECKED: dict[str, tuple[dict[str, Any], str]] = {
-    "ArceeForCausalLM": (DECODER, "down_proj"),
     "BitNetForCausalLM": (DECODER, "down_proj"),
     "Gemma3nForCausalLM": (GEMMA3N, "down_proj"),
     "LlamaForCausalLM": (DECODER | {"hidden_act": "relu"}, "down_proj"),
     "GPT2LMHeadModel": (GPT2 | {"activation_function": "relu"}, "c_proj"),
     "M2M100ForConditionalGeneration": (BOTH, "fc2"),
-    "BartForConditionalGeneration": (BOTH | {"activation_function": "relu"}, "fc2"),
 }
 DENSE = {
     "LlamaForCausalLM": (DECODER, "down_proj"),
-    "BartForConditionalGeneration": (BOTH, "fc2"),
 }
 
 

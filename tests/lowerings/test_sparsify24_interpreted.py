@@ -200,10 +200,8 @@ def quantizable(K: int, dtype: torch.dtype) -> Tensor:
         (torch.bfloat16, 131, WAYS[0], True),
         (torch.float16, 126, WAYS[0], False),
         (torch.float16, 64, WAYS[1], True),
-        (torch.bfloat16, 66, WAYS[1], True),
         (torch.bfloat16, 100, WAYS[2], True),
         (torch.float32, 66, WAYS[3], True),
-        (torch.float32, 70, WAYS[0], True),
         (torch.bfloat16, 66, WAYS[3], True),
         (torch.float16, 130, WAYS[3], False),
         (torch.float16, 65, WAYS[3], False),
@@ -230,7 +228,7 @@ def test_sparsify24_quantized(
     assert same_bits(results[2], expected[2])
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     row=st.lists(NUMBERS | st.floats(width=16), min_size=1, max_size=35),
     way=st.sampled_from((WAYS[0], WAYS[1], WAYS[3])),
