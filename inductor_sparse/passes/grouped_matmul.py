@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from inductor_sparse.decisions import Reason, Tier
-from inductor_sparse.passes.base import PassContext, close_dense, open_decision
+from inductor_sparse.decisions import Reason
+from inductor_sparse.passes.base import PassContext
 from inductor_sparse.passes.fx_utils import input_of, op_name
-from inductor_sparse.passes.higher_order import RULES
+from inductor_sparse.passes.higher_order import record_dense
 from inductor_sparse.passes.sites import Rejection, Site, forward_nodes
 
 _NAMES = frozenset({"_grouped_mm", "grouped_mm_fallback"})
@@ -35,12 +35,7 @@ class GroupedMatmul:
             if op_name(node) not in _NAMES:
                 continue
             site = Site(node, input_of(node), input_of(node, 1))
-            producer = site.producer
-            if producer is None or producer.reason is not None:
-                continue
-            rule = RULES[producer.family]
-            decision = open_decision(site, producer, context, rule, Tier.EXACT)
-            close_dense(decision, _WHY, node)
+            record_dense(site, context, _WHY)
 
 
 PASS = GroupedMatmul()

@@ -13,14 +13,24 @@ from inductor_sparse.passes.base import (
     open_decision,
 )
 from inductor_sparse.passes.producers import Family
-from inductor_sparse.passes.sites import Rejection, forward_sites
+from inductor_sparse.passes.sites import Rejection, Site, forward_sites
 
-RULES = {
+_RULES = {
     Family.PLAIN: "relu_matmul",
     Family.SQUARED: "relu_squared_matmul",
     Family.GATED: "gated_matmul",
 }
 """The rule that a site would belong to."""
+
+
+def record_dense(site: Site, context: PassContext, why: Rejection) -> None:
+    """Record a matmul that no rule can rewrite, if a sparse activation feeds it."""
+    producer = site.producer
+    if producer is None or producer.reason is not None:
+        return
+    rule = _RULES[producer.family]
+    decision = open_decision(site, producer, context, rule, Tier.EXACT)
+    close_dense(decision, why, site.matmul)
 
 
 class HigherOrder:
@@ -31,15 +41,10 @@ class HigherOrder:
     def __call__(self, graph: fx.Graph, context: PassContext) -> None:
         """Record each sparse site of each subgraph."""
         for operator, subgraph in _subgraphs(graph):
+            detail = f"inside the body of {operator}, which is not rewritten"
+            why = Rejection(Reason.HIGHER_ORDER_OP, detail)
             for site in forward_sites(subgraph):
-                producer = site.producer
-                if producer is None or producer.reason is not None:
-                    continue
-                rule = RULES[producer.family]
-                decision = open_decision(site, producer, context, rule, Tier.EXACT)
-                detail = f"inside the body of {operator}, which is not rewritten"
-                why = Rejection(Reason.HIGHER_ORDER_OP, detail)
-                close_dense(decision, why, site.matmul)
+                record_dense(site, context, why)
 
 
 def _subgraphs(graph: fx.Graph) -> Iterator[tuple[str, fx.Graph]]:
