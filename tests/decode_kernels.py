@@ -65,14 +65,15 @@ _UP = """
 def up(
     GATE, X, W, H, M, F, D,
     ACTIVATION: tl.constexpr, DOT_DTYPE: tl.constexpr, BM: tl.constexpr,
-    LOCAL: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    LOCAL: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
     f = tl.program_id(0) * LOCAL + tl.arange(0, LOCAL)
     hidden = hidden_of_share(
-        GATE, X, W, m, f, M, F, D, F, 1, D, 1, D, 1,
-        ACTIVATION, BM, LOCAL, BD, ROWS, STAGES, DOT_DTYPE,
+        GATE, X, W, tl.program_id(1) * BM, f, M, F, D, F, 1, D, 1, D, 1,
+        ACTIVATION, BM, LOCAL, BD, ROWS, PARTS, STAGES, DOT_DTYPE,
     )
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = (m < M)[:, None] & (f < F)[None, :]
     tl.store(H + m[:, None] * F + f[None, :], hidden, mask=inside)
 """
@@ -85,7 +86,7 @@ def kernels(
     """The kernels as a module; interpreted if TRITON_INTERPRET is set by now."""
     head = "import triton\nimport triton.language as tl\n\n\n"
     texts = (glu_spmm_cuda.helper_text() + _UP, activation_spmm_cuda.helper_text())
-    options: dict[str, Any] = {"TOKENS": tokens, "DOT": dot}
+    options: dict[str, Any] = {"TOKENS": tokens, "BM": tokens, "DOT": dot}
     options |= dict.fromkeys(defined, True)
     text = jinja2.Template("\n\n".join(texts) + _SPMM).render(options)
     name = "_".join(map(str, ("decode_kernels", os.getpid(), tokens, dot, *defined)))
@@ -143,11 +144,12 @@ def run_up(
     (M, F), D = gate.shape, x.shape[1]
     made = glu_spmm_cuda.UpTile(**{**_SMALL_UP, **tile})
     hidden = torch.full((M, F), torch.nan, dtype=gate.dtype)
-    kernels(folder, 1).up[(-(-F // made.LOCAL), -(-M // made.BM))](
+    module = kernels(folder, made.BM, made.DOT)
+    module.up[(-(-F // made.LOCAL), -(-M // made.BM))](
         *(gate, x, w, hidden, M, F, D),
         ACTIVATION=activation,
         DOT_DTYPE=tl.float32,
-        **{k: v for k, v in vars(made).items() if k != "num_warps"},
+        **{k: v for k, v in vars(made).items() if k not in _TAKEN},
     )
     return hidden
 
@@ -162,7 +164,16 @@ _SMALL = {
     "DOT": False,
     "num_warps": 1,
 }
-_SMALL_UP = {"BM": 1, "LOCAL": 32, "ROWS": 4, "BD": 32, "STAGES": 1, "num_warps": 1}
+_SMALL_UP = {
+    "BM": 1,
+    "LOCAL": 32,
+    "ROWS": 4,
+    "BD": 32,
+    "PARTS": 1,
+    "STAGES": 1,
+    "DOT": False,
+    "num_warps": 1,
+}
 
 
 def count(folder: Path, z: Tensor, w: Tensor, calls: int, **how: Any) -> list[int]:
@@ -208,20 +219,18 @@ def compile_for_amd(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    dot = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, dtype, 304).DOT
-    module = kernels(folder, tokens, dot)
     target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     pointers = {"PARTIALS": "*fp32", "LIST": "*i32"}
     pointers |= dict.fromkeys(("Z", "W", "Y", "GATE", "X", "H"), _POINTERS[dtype])
     made = {}
-    constants = _amd_constants(tokens, dtype)
     for kernel_name in names:
-        given = constants[kernel_name]
-        kernel = getattr(module, kernel_name)
+        tile, given = _amd_constants(kernel_name, tokens, dtype)
+        kernel = getattr(kernels(folder, tokens, tile.DOT), kernel_name)
         signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
         signature |= dict.fromkeys(given, "constexpr")
         source = ASTSource(kernel, signature, given)
-        compiled = triton.compile(source, target=target, options={"num_warps": 4})
+        options = {"num_warps": tile.num_warps}
+        compiled = triton.compile(source, target=target, options=options)
         made[kernel_name] = compiled.asm["amdgcn"]
     return made
 
@@ -229,16 +238,17 @@ def compile_for_amd(
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def _amd_constants(tokens: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def _amd_constants(
+    kernel: str, tokens: int, dtype: torch.dtype
+) -> tuple[activation_spmm_cuda.Tile | glu_spmm_cuda.UpTile, dict[str, Any]]:
+    """The tile of a kernel, and all of its constants."""
     import triton.language as tl
 
-    spmm = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, dtype, 304)
-    up = glu_spmm_cuda.choose_up_tile(tokens, 4096, dtype)
     dot_dtype = getattr(tl, activation_spmm_cuda.DOT_DTYPES[dtype].removeprefix("tl."))
-    return {
-        "spmm": {k: v for k, v in vars(spmm).items() if k not in _TAKEN}
-        | {"ACTIVATION": "relu2", "DOT_DTYPE": dot_dtype},
-        "total": {"SPLITS": spmm.SPLITS, "BN": 32, "AT_ONCE": 128},
-        "up": {k: v for k, v in vars(up).items() if k not in _TAKEN}
-        | {"ACTIVATION": "relu", "DOT_DTYPE": dot_dtype},
-    }
+    of_all = {"ACTIVATION": "relu", "DOT_DTYPE": dot_dtype}
+    up = glu_spmm_cuda.choose_up_tile(tokens, 4096, dtype, amd=True)
+    spmm = activation_spmm_cuda.choose_tile(tokens, 16384, 4096, dtype, 304)
+    if kernel == "total":
+        return spmm, {"SPLITS": spmm.SPLITS, "BN": 32, "AT_ONCE": 128}
+    tile = up if kernel == "up" else spmm
+    return tile, {k: v for k, v in vars(tile).items() if k not in _TAKEN} | of_all

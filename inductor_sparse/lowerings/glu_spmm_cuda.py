@@ -31,23 +31,52 @@ class UpTile:
     LOCAL: int
     ROWS: int
     BD: int
+    PARTS: int
     STAGES: int
+    DOT: bool
     num_warps: int
 
 
-def choose_up_tile(tokens: int | None, D: int, dtype: torch.dtype) -> UpTile:
-    """The tile for ``tokens`` rows, or for an unknown number of them (None)."""
+_LOCAL = {1: 64, 2: 32, 4: 16, 8: 16}
+"""Tokens of a program -> its neurons.  At a tenth of non-zeros nearly all programs then
+find no more of them than they read at a time, and need no second turn."""
+
+_DOT_PARTS = {1: 4, 2: 4, 4: 1, 8: 1}
+"""Tokens of a program -> its warps, if they use tensor cores.  Warps that share a tile
+would all multiply the same, so each has features of its own, or a program to itself."""
+
+_LOAD_BYTES = 512
+"""Of a row that a warp loads: 16 of each lane."""
+
+
+def choose_up_tile(
+    tokens: int | None, D: int, dtype: torch.dtype, *, amd: bool = False
+) -> UpTile:
+    """The tile for ``tokens`` rows, or for an unknown number of them (None).
+
+    Args:
+        tokens: rows of one product.
+        D: input features.
+        dtype: of the operands.
+        amd: whether the compiler is that of AMD, which spills the registers of gfx950
+            with more than two stages.
+    """
     most = activation_spmm_cuda.MAX_TOKENS
     power_of_2 = activation_spmm_cuda.power_of_2
     block = most if tokens is None else min(most, power_of_2(tokens))
-    features = (1024 if block == 1 else 256) * 2 // dtype.itemsize
+    dot = dtype.itemsize == 2
+    parts = _DOT_PARTS[block] if dot else 1
+    warps = parts if dot else 4
+    features = 128 if dot else warps * _LOAD_BYTES // dtype.itemsize
     return UpTile(
         BM=block,
-        LOCAL=32,
-        ROWS=4 if block == 1 else 16,
+        LOCAL=_LOCAL[block] if dot else 32,
+        ROWS=16 if dot else 4,
         BD=max(16, min(features, power_of_2(D))),
-        STAGES=4,
-        num_warps=4,
+        PARTS=parts,
+        STAGES=2 if amd else 3 if parts > 1 else 4,
+        DOT=dot,
+        num_warps=warps,
     )
 
 
@@ -85,7 +114,8 @@ def product(
     dtype = gate.get_dtype()
     tokens = activation_spmm_cuda.most(M)
     features = activation_spmm_cuda.size_hint(w_up.get_size()[1])
-    tile = choose_up_tile(tokens, features, dtype)
+    amd = torch.version.hip is not None
+    tile = choose_up_tile(tokens, features, dtype, amd=amd)
     layout = ir.FixedLayout(gate.get_device(), dtype, [M, F])
     hidden = activation_spmm_cuda.choose(
         TEMPLATE,

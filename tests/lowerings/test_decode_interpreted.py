@@ -135,19 +135,27 @@ def check_up(
 
 
 @pytest.mark.parametrize(("dtype", "activation"), KINDS[:3])
-@pytest.mark.parametrize("M", [1, 3, 17])
+@pytest.mark.parametrize(("M", "dot"), [(1, 0), (1, 1), (3, 0), (3, 1), (17, 1)])
 def test_hidden_values(
-    interpret: Interpreter, M: int, activation: str, dtype: torch.dtype
+    interpret: Interpreter, M: int, dot: int, activation: str, dtype: torch.dtype
 ) -> None:
-    rows = 4 if M == 1 else 16
-    check_up(interpret, M, activation, dtype, ROWS=rows)
+    rows = 16 if dot else 4
+    check_up(interpret, M, activation, dtype, ROWS=rows, DOT=dot)
 
 
-@pytest.mark.parametrize("M", [2, 3, 8])
+@pytest.mark.parametrize(("M", "dot"), [(2, 0), (2, 1), (3, 1), (8, 0), (8, 1)])
 @pytest.mark.parametrize(
-    ("local", "rows", "features"), [(16, 16, 64), (32, 32, 16), (64, 16, 128)]
+    ("local", "rows", "features", "parts"),
+    [(16, 16, 64, 1), (32, 32, 16, 4), (64, 16, 128, 2)],
 )
 def test_hidden_values_whatever_the_tile(
-    interpret: Interpreter, M: int, local: int, rows: int, features: int
+    interpret: Interpreter,
+    M: int,
+    dot: int,
+    local: int,
+    rows: int,
+    features: int,
+    parts: int,
 ) -> None:
-    check_up(interpret, M, "relu", FP32, LOCAL=local, ROWS=rows, BD=features)
+    tile = {"LOCAL": local, "ROWS": rows, "BD": features, "PARTS": parts, "DOT": dot}
+    check_up(interpret, M, "relu", FP32, **tile)
