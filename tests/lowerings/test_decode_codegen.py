@@ -19,7 +19,7 @@ from inductor_sparse.profitability import cuda
 
 OPS = torch.ops.inductor_sparse
 RESIDENT = 65536 // (16 * 32)
-"""Registers of a thread if a multiprocessor is to hold the 16 warps that tiles count on."""
+"""Registers of a thread that leave room for the 16 warps that tiles count on."""
 PREDICATES = 16
 """Bytes of stack in which the assembler keeps predicates: there are only seven."""
 

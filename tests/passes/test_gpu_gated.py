@@ -90,7 +90,7 @@ def test_the_form_that_takes_less_time_is_taken(M: int, density: float) -> None:
 
 
 def test_both_forms_have_their_tokens() -> None:
-    few, many = run(1, density=0.05)[1], run(8, density=0.05)[1]
+    few, many = run(1, density=0.25)[1], run(4, density=0.25)[1]
     assert (few.op, many.op) == ("glu_spmm", "activation_spmm")
 
 
@@ -105,7 +105,7 @@ def test_few_steps_and_no_two_of_one_form() -> None:
 
 def test_what_was_too_dense_ends_both_forms() -> None:
     site = f"mm_2:{K}x{N}"
-    assert run(8, density=0.05, demoted={site: 9})[1].op == "activation_spmm"
-    _, decision = run(8, density=0.05, demoted={site: 8})
+    assert run(4, density=0.25, demoted={site: 5})[1].op == "activation_spmm"
+    _, decision = run(4, density=0.25, demoted={site: 4})
     assert decision.reason is Reason.TOO_DENSE
-    assert run(1, density=0.05, demoted={site: 2})[1].op == "glu_spmm"
+    assert run(1, density=0.25, demoted={site: 2})[1].op == "glu_spmm"
