@@ -20,7 +20,9 @@ from inductor_sparse.passes.fx_utils import (
     is_cast,
     is_widening,
     is_zero,
+    magnitude_test,
     same_shape,
+    selection,
     sign_test,
     source_tensor,
     tensor_of,
@@ -62,7 +64,7 @@ def as_relu(node: fx.Node) -> fx.Node | None:
     if is_call(node, {aten.maximum.default}):
         a, b = node.args
         return _full(node, a if is_zero(b) else b if is_zero(a) else None)
-    if is_call(node, {aten.where.self}):
+    if selection(node) is not None:
         return _where_negative_is_zero(node, lambda value: value)
     floor, ceiling = clip_bounds(node)
     if floor == 0 and ceiling == math.inf:
@@ -90,7 +92,7 @@ def as_relu_squared(node: fx.Node) -> fx.Node | None:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
             z = as_relu(a)
             return z if z is not None and z is as_relu(b) else None
-    if is_call(node, {aten.where.self}):
+    if selection(node) is not None:
         return _where_negative_is_zero(node, square_root)
     return None
 
@@ -121,7 +123,7 @@ def _through_cast(cast: fx.Node, recognize: _Recognizer) -> fx.Node | None:
 
 def _where_negative_is_zero(node: fx.Node, root: _Recognizer) -> fx.Node | None:
     # where(z <= 0, 0, f(z)): NaN fails the test and so takes f(z), as relu does.
-    condition, if_true, if_false = node.args
+    condition, if_true, if_false = selection(node) or node.args
     test = sign_test(condition)
     if test is None or test[0] not in ("le", "lt") or not is_zero(if_true):
         return None
@@ -175,6 +177,64 @@ def clip_bounds(node: fx.Node) -> tuple[float, float]:
         float(low) if isinstance(low, (int, float)) else -math.inf,
         float(high) if isinstance(high, (int, float)) else math.inf,
     )
+
+
+def is_thresholded(node: fx.Node) -> bool:
+    """Whether a node is something whose small values, of either sign, became zero.
+
+    ``where(|x| > t, x, 0)`` and ``x * (|x| > t)``, as TEAL (Liu et al., 2024) and CATS
+    (Lee et al., 2024) have them, and soft shrinkage.
+    """
+    if is_call(node, _MULS):
+        a, b = node.args
+        return _masks(a, b) or _masks(b, a)
+    choice = selection(node)
+    if choice is None:
+        return False
+    condition, if_true, if_false = choice
+    kept, passing = if_true, ("gt", "ge")
+    if _is_zeroed(if_true):
+        kept, passing = if_false, ("lt", "le")
+    elif not _is_zeroed(if_false):
+        return False
+    test = magnitude_test(condition)
+    if test is None or test[0] not in passing or not isinstance(kept, fx.Node):
+        return False
+    x = source_tensor(kept)
+    return x is test[1] or (
+        is_call(x, {aten.sub.Tensor}) and source_tensor(input_of(x)) is test[1]
+    )
+
+
+def _is_zeroed(value: object) -> bool:
+    """Whether a value is 0, or something times 0: that keeps a NaN."""
+    return is_zero(value) or (is_call(value, _MULS) and any(map(is_zero, value.args)))
+
+
+def _masks(mask: object, x: object) -> bool:
+    """Whether a factor is 1 where the other has a large magnitude, and 0 elsewhere."""
+    if not isinstance(mask, fx.Node) or not isinstance(x, fx.Node):
+        return False
+    test = magnitude_test(source_tensor(mask))
+    return test is not None and (
+        test[0] in ("gt", "ge") and source_tensor(x) is test[1]
+    )
+
+
+def is_scattered(node: fx.Node) -> bool:
+    """Whether a node is zero but where few values were written, as of a top-k.
+
+    Few: no more than a quarter of the last dimension.
+    """
+    if not is_call(node, {aten.scatter.src, aten.scatter.value}):
+        return False
+    into, dim, index = node.args[:3]
+    value, places = tensor_of(node), tensor_of(index)
+    if value is None or places is None or not is_zero(into):
+        return False
+    size, few = value.shape[-1], places.shape[-1]
+    last = dim in (-1, value.ndim - 1) and isinstance(size, int)
+    return last and isinstance(few, int) and 4 * few <= size
 
 
 def smooth_activation(node: fx.Node) -> str | None:

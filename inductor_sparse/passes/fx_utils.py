@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -60,6 +60,9 @@ _ZEROS = frozenset(
     {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 )
 _COMPARES = frozenset({aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar})
+_TENSOR_COMPARES = frozenset(
+    {aten.gt.Tensor, aten.ge.Tensor, aten.lt.Tensor, aten.le.Tensor}
+)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _MODULE_PREFIX = re.compile(
     r"^(L__self__|[LG]\['[^']*'\](\.__closure__\[\d+\]\.cell_contents)?)\.?"
@@ -183,8 +186,30 @@ def is_zero(value: object) -> bool:
     if node.op == "get_attr" and node.graph.owning_module is not None:
         constant = getattr(node.graph.owning_module, str(node.target), None)
         real = isinstance(constant, Tensor) and not isinstance(constant, FakeTensor)
-        return real and constant.numel() == 1 and constant.item() == 0
+        if not real or constant.numel() != 1:
+            return False
+        with unset_fake_temporarily():  # passes run where tensors are made fake
+            return bool(constant.item() == 0)
     return False
+
+
+def selection(node: object) -> tuple[Any, Any, Any] | None:
+    """``(condition, if_true, if_false)`` of ``where``, and of ``x[condition] = y``."""
+    if is_call(node, {aten.where.self}):
+        condition, if_true, if_false = node.args
+        return condition, if_true, if_false
+    if not is_call(node, {aten.index_put.default}) or True in node.args[3:]:
+        return None
+    x, indices, value = node.args[:3]
+    if not isinstance(indices, (list, tuple)) or len(indices) != 1:
+        return None
+    whole, condition = tensor_of(x), tensor_of(indices[0])
+    single, masked = tensor_of(value), False
+    if whole is not None and condition is not None:
+        masked = condition.dtype == torch.bool and same_shape(condition, whole)
+    if not masked or single is None or single.numel() != 1:
+        return None
+    return indices[0], value, x
 
 
 def sign_test(node: object) -> tuple[str, fx.Node] | None:
@@ -203,6 +228,22 @@ def threshold_test(
     if not isinstance(x, fx.Node) or not isinstance(constant, (int, float)):
         return None
     return (op_name(node), x) if 0 <= constant <= largest else None
+
+
+def magnitude_test(node: object) -> tuple[str, fx.Node] | None:
+    """``("gt", x)`` for a node comparing ``|x|`` with anything but a constant up to 0.
+
+    ``x`` is without views and casts.
+    """
+    if not is_call(node, _COMPARES | _TENSOR_COMPARES):
+        return None
+    magnitude, threshold = node.args[:2]
+    if is_zero(threshold) or (isinstance(threshold, (int, float)) and threshold < 0):
+        return None
+    core = source_tensor(magnitude) if isinstance(magnitude, fx.Node) else None
+    if not is_call(core, {aten.abs.default}):
+        return None
+    return op_name(node), source_tensor(input_of(core))
 
 
 def op_name(node: fx.Node) -> str:

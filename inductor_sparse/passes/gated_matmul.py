@@ -5,7 +5,8 @@
 - ``mm(act(g) * up, w) -> activation_spmm(act(g) * up, w, "identity")`` otherwise, and
   on a GPU from the number of tokens on at which that saves more
 
-with ``act`` ReLU or ReLU².
+with ``act`` ReLU or ReLU²; a gate whose zeros have another origin is computed before,
+and ``act`` is the identity.
 
 Shape legend: M tokens, D model, F hidden, N output features.
 """
@@ -61,9 +62,7 @@ class GatedMatmul(Rule):
 
     def forms(self, site: Site, context: PassContext) -> tuple[str, ...]:
         """``activation_spmm``, and ``glu_spmm`` where all of its parts are at hand."""
-        if _read_glu(site, context) is None:
-            return (self.op,)
-        return ("glu_spmm", self.op)
+        return gated_forms(self.op, site, context)
 
     def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
         """Insert ``activation_spmm`` of the gated product."""
@@ -75,14 +74,24 @@ class GatedMatmul(Rule):
         """Insert ``glu_spmm``, or :meth:`rewrite`."""
         if op != "glu_spmm":
             return self.rewrite(site, weight, context)
-        glu = _read_glu(site, context)
-        assert glu is not None
-        gate = replay_views(glu.gate_views, glu.gate, site.matmul)
-        w_up = emit_weight(glu.w_up_FD, site.matmul)
-        target = torch.ops.inductor_sparse.glu_spmm.default
-        return insert_call(
-            site.matmul, target, (gate, glu.x_MD, w_up, weight, glu.activation)
-        )
+        return emit_glu_spmm(site, weight, context)
+
+
+def gated_forms(op: str, site: Site, context: PassContext) -> tuple[str, ...]:
+    """``op``, behind ``glu_spmm`` where that can compute the site."""
+    return (op,) if _read_glu(site, context) is None else ("glu_spmm", op)
+
+
+def emit_glu_spmm(site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
+    """Insert ``glu_spmm``, one of the :func:`gated_forms` of the site."""
+    glu = _read_glu(site, context)
+    assert glu is not None
+    gate = replay_views(glu.gate_views, glu.gate, site.matmul)
+    w_up = emit_weight(glu.w_up_FD, site.matmul)
+    target = torch.ops.inductor_sparse.glu_spmm.default
+    return insert_call(
+        site.matmul, target, (gate, glu.x_MD, w_up, weight, glu.activation)
+    )
 
 
 def _read_glu(site: Site, context: PassContext) -> _Glu | None:
@@ -102,13 +111,23 @@ def _read_glu(site: Site, context: PassContext) -> _Glu | None:
     activation, gate, gate_views = direct_input(producer.gate)
     ordered = all(is_call(view, ORDERED_VIEWS) for view in gate_views)
     up = _up_projection(producer.up, product, site)
-    if activation == "identity" or not ordered or up is None:
+    fits = _fits(gate, activation, product, site.lhs.meta["val"].dtype)
+    if not ordered or up is None or not fits:
         return None
     x_MD, w_up = up
     w_up_FD = _stored_weight(w_up, context)
     if w_up_FD is None:
         return None
     return _Glu(activation, gate, [*views, *gate_views], x_MD, w_up_FD)
+
+
+def _fits(gate: fx.Node, activation: str, product: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the op takes the gate: in the dtype, and of the shape of the product."""
+    value, whole = tensor_of(gate), tensor_of(product)
+    if value is None or whole is None or value.dtype != dtype:
+        return False
+    # An activation is found behind views, which are replayed.
+    return activation != "identity" or same_shape(value, whole)
 
 
 def _up_projection(

@@ -19,6 +19,7 @@ _RULES = {
     Family.PLAIN: "relu_matmul",
     Family.SQUARED: "relu_squared_matmul",
     Family.GATED: "gated_matmul",
+    Family.MAGNITUDE: "magnitude_matmul",
 }
 """The rule that a site would belong to."""
 

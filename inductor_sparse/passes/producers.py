@@ -28,6 +28,7 @@ from inductor_sparse.passes.fx_utils import (
     is_zero,
     peel,
     same_shape,
+    selection,
     source_tensor,
     tensor_of,
     threshold_test,
@@ -75,6 +76,7 @@ class Family(str, enum.Enum):
     PLAIN = "plain"
     SQUARED = "squared"
     GATED = "gated"
+    MAGNITUDE = "magnitude"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,10 @@ def _find(node: object, budget: int) -> Producer | None:
     z = activations.as_relu(node)
     if z is not None:
         return Producer(Family.PLAIN, "relu", node, z)
+    if activations.is_thresholded(node):
+        return Producer(Family.MAGNITUDE, "magnitude", node)
+    if activations.is_scattered(node):
+        return Producer(Family.PLAIN, "scatter", node)
     name = activations.smooth_activation(node)
     if name is not None:
         return _smooth(node, name, budget - 1)
@@ -127,8 +133,10 @@ def _smooth(node: fx.Node, name: str, budget: int) -> Producer:
         inner = (_find(source, budget) for source in node.all_input_nodes)
         found = next((p for p in inner if p is not None and p.reason is None), None)
         if found is not None:
-            activation = f"{name}({found.activation})"
-            return dataclasses.replace(producer, activation=activation)
+            activation, family = f"{name}({found.activation})", Family.PLAIN
+            if found.family is Family.MAGNITUDE:
+                family = found.family
+            return dataclasses.replace(producer, family=family, activation=activation)
     why = f"{name} is almost never exactly zero"
     return _refuse(producer, Reason.ACTIVATION_NOT_SPARSE, why)
 
@@ -157,6 +165,8 @@ def _power(node: fx.Node, budget: int) -> Producer | None:
         return _refuse(
             squared, Reason.SYMBOLIC_EXPONENT, "the exponent is not a constant"
         )
+    if base.activation not in ("relu", "relu2") and exponent > 0:
+        return dataclasses.replace(base, node=node)
     if base.activation == "relu" and exponent == 2:
         return dataclasses.replace(squared, activation="relu2")
     total = exponent * (2 if base.activation == "relu2" else 1)
@@ -180,7 +190,10 @@ def _clip(node: fx.Node, budget: int) -> Producer | None:
 
 
 def _where(node: fx.Node, budget: int) -> Producer | None:
-    condition, if_true, if_false = node.args
+    choice = selection(node)
+    if choice is None:
+        return None
+    condition, if_true, if_false = choice
     if is_zero(if_false):
         kept, positive = if_true, ("gt", "ge")
     elif is_zero(if_true):
@@ -280,6 +293,7 @@ def _is_nested_product(node: object) -> TypeGuard[fx.Node]:
     return (
         is_call(node, _MULS)
         and activations.as_relu_squared(node) is None
+        and not activations.is_thresholded(node)
         and activations.smooth_activation(node) is None
     )
 
@@ -344,9 +358,21 @@ def _product_without_relu(node: fx.Node, factors: _Factors) -> Producer | None:
     if not found:
         return None
     found.sort(key=lambda producer: producer.reason is not None)
-    if len(factors.full) == 1 or found[0].family is Family.GATED:
-        return found[0]
-    return dataclasses.replace(found[0], family=Family.GATED, node=node)
+    best = found[0]
+    if len(factors.full) == 1 or best.family is Family.GATED or best.gate is not None:
+        return best
+    kind = best.family if best.family is Family.MAGNITUDE else Family.GATED
+    product = dataclasses.replace(best, family=kind, node=node)
+    if best.reason is not None:
+        return product
+    others = [p.activation for p in found if p is not best and p.reason is None]
+    name = "*".join([best.activation, *(others or ["up"])])
+    product = dataclasses.replace(product, activation=name)
+    if len(factors.full) > 2 or factors.scaled or factors.positive:
+        return product
+    gate, up = (leaf for leaf, _ in factors.full)
+    gate, up = (gate, up) if factors.full[0][1] is best else (up, gate)
+    return dataclasses.replace(product, gate=gate, up=up)
 
 
 def _minimum(node: fx.Node, budget: int) -> Producer | None:
@@ -377,7 +403,7 @@ _WALKS = (
     (_POWS, _power),
     (_CLIPS, _clip),
     ({aten.minimum.default}, _minimum),
-    ({aten.where.self}, _where),
+    ({aten.where.self, aten.index_put.default}, _where),
     (_SHIFTS, _shift),
     ({aten.native_layer_norm.default}, _layer_norm),
     (_ZERO_TO_ZERO, _first_input),

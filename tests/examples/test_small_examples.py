@@ -36,8 +36,8 @@ def test_hf_ffn_runs_sparse(capsys: pytest.CaptureFixture[str]) -> None:
 def test_own_rule_takes_the_site(capsys: pytest.CaptureFixture[str]) -> None:
     write_a_rule.main()
     before, _, after = capsys.readouterr().out.partition("With the rule:")
-    assert "activation-not-sparse" in before
-    assert "magnitude_matmul (exact)" in after
+    assert "no candidate site" in before
+    assert "winners_matmul (exact)" in after
     assert after.endswith("gives the same numbers as eager PyTorch.\n")
 
 

@@ -20,12 +20,19 @@ def relu_above_the_mean(x: Tensor) -> Tensor:
     return F.relu(x - x.mean(-1, keepdim=True))
 
 
+def by_index(x: Tensor) -> Tensor:
+    h = x.clone()
+    h[h <= 0.5] = 0
+    return h
+
+
 THRESHOLDS: dict[str, Activation] = {
     "threshold": lambda x: F.threshold(x, 0.5, 0),
     "where(x > t)": lambda x: torch.where(x > 0.5, x, 0.0),
     "where(x > t, zeros)": lambda x: torch.where(x > 0.5, x, torch.zeros_like(x)),
     "where(x <= t)": lambda x: torch.where(x <= 0.5, 0.0, x),
     "masked_fill": lambda x: x.masked_fill(x <= 0.5, 0.0),
+    "by index": by_index,
     "x * (x > t)": lambda x: x * (x > 0.5),
     "of silu": lambda x: F.threshold(F.silu(x), 0.5, 0),
 }
