@@ -134,7 +134,7 @@ def check_up(
     check(hidden, exact, 16 if dtype == FP32 else 4, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "activation"), KINDS[:3])
+@pytest.mark.parametrize(("dtype", "activation"), KINDS)
 @pytest.mark.parametrize(("M", "dot"), [(1, 0), (1, 1), (3, 0), (3, 1), (17, 1)])
 def test_hidden_values(
     interpret: Interpreter, M: int, dot: int, activation: str, dtype: torch.dtype
