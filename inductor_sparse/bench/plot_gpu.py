@@ -44,7 +44,7 @@ class Panel:
 def draw(rows: Sequence[Row], out: Path) -> Path:
     """Write the figure of ``rows`` to ``out`` (format by suffix) and return its path.
 
-    Panels of one line share their vertical axis.
+    Panels of one line share their vertical axis and their markers.
 
     Raises:
         PlotDependencyError: matplotlib is missing.
@@ -58,10 +58,12 @@ def draw(rows: Sequence[Row], out: Path) -> Path:
     made = plot.figure(9.0, 7.6)
     grid = made.subplots(len(lines), len(lines[0]), sharey="row")
     for line, axes_of_line in zip(lines, grid, strict=True):
-        low, high = plot.limits([r for _, shown in line for r in shown], least=1.35)
+        of_line = [row for _, shown in line for row in shown]
+        low, high = plot.limits(of_line, least=1.35)
         limits = (low, high * (high / low) ** (LEGEND / (1 - LEGEND)))
         for (panel, shown), axes in zip(line, axes_of_line, strict=True):
-            _draw_panel(axes, panel, shown, limits)
+            markers = _styles(of_line, panel.marker, plot.MARKERS)
+            _draw_panel(axes, panel, shown, limits, markers)
         axes_of_line[0].set_ylabel("dense time / sparse time")
     return plot.save(made, out, caption(drawn))
 
@@ -80,11 +82,19 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def _draw_panel(
-    axes: Any, panel: Panel, rows: Sequence[Row], limits: tuple[float, float]
+    axes: Any,
+    panel: Panel,
+    rows: Sequence[Row],
+    limits: tuple[float, float],
+    markers: dict[tuple[Any, str], str],
 ) -> None:
-    """Lines, hollow points where nothing was rewritten, axes and legend."""
+    """Lines, hollow points where nothing was rewritten, axes and legend.
+
+    ``markers`` may be more than those of this panel: neighbors mean the same by one.
+    """
     colors = _styles(rows, panel.color, plot.COLORS)
-    markers = _styles(rows, panel.marker, plot.MARKERS)
+    present = {panel.marker(row) for row in rows}
+    markers = {value: style for value, style in markers.items() if value in present}
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.x_title)
     axes.set_xscale("log", base=2)

@@ -132,6 +132,29 @@ def test_a_gpu_has_a_panel_for_each_regime(
         assert low < 0.95 < 8.2 < high
 
 
+def test_a_size_has_the_same_marker_in_both_panels_of_a_line(
+    tmp_path: Path, ffn_row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    rows = gpu_rows(ffn_row)
+    smaller = rows[0] | {"hidden": 1024, "features": 1024}
+    panels = axes_of([smaller, *rows], tmp_path / "plot.svg", monkeypatch)
+    names = "2:4 product alone, many tokens", "whole FFN, many tokens"
+    legends = [panels[name].get_legend() for name in names]
+    found = [
+        {
+            text.get_text(): handle.get_marker()
+            for text, handle in zip(
+                legend.get_texts(), legend.legend_handles, strict=True
+            )
+        }
+        for legend in legends
+    ]
+    assert found[0]["16384 to 4096"] == found[1]["16384 to 4096"]
+    assert found[0]["1024 to 1024"] != found[0]["16384 to 4096"]
+    assert "1024 to 1024" not in found[1]
+
+
 def test_the_same_rows_give_the_same_picture(tmp_path: Path, ffn_row: Row) -> None:
     pytest.importorskip("matplotlib")
     rows = [row | {"device": "cuda"} for row in gpu_rows(ffn_row)]
