@@ -203,11 +203,8 @@ def selection(node: object) -> tuple[Any, Any, Any] | None:
     x, indices, value = node.args[:3]
     if not isinstance(indices, (list, tuple)) or len(indices) != 1:
         return None
-    whole, condition = tensor_of(x), tensor_of(indices[0])
-    single, masked = tensor_of(value), False
-    if whole is not None and condition is not None:
-        masked = condition.dtype == torch.bool and same_shape(condition, whole)
-    if not masked or single is None or single.numel() != 1:
+    whole, mask = tensor_of(x), tensor_of(indices[0])
+    if whole is None or mask is None or not same_shape(mask, whole):
         return None
     return indices[0], value, x
 

@@ -97,6 +97,22 @@ def test_zeros_that_are_lost_before_or_in_it(act: Activation) -> None:
     assert decision.reason is Reason.ACTIVATION_NOT_SPARSE
 
 
+NO_MASKS: dict[str, Activation] = {
+    "adds": lambda x: x.index_put((x <= 0,), x.new_zeros(()), accumulate=True),
+    "rows": lambda x: x.index_put((torch.arange(2),), x.new_zeros(())),
+    "a mask of rows": lambda x: x.index_put((x[:, 0] <= 0,), x.new_zeros(())),
+    "not zeros": lambda x: x.index_put((x <= 0,), x.new_ones(())),
+}
+
+
+@pytest.mark.parametrize("name", NO_MASKS)
+def test_other_writes_by_index_are_no_masks(name: str) -> None:
+    act = NO_MASKS[name]
+    gm = trace(lambda x, w: F.linear(act(x), w), torch.randn(5, 8), torch.randn(6, 8))
+    assert len(calls(gm, "index_put")) == 1
+    assert rewrite(gm, static=[1]).decisions == []
+
+
 def test_a_symbolic_threshold_may_be_negative() -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
         above = torch.where(x > x.shape[0] - 9, x, 0.0)
