@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch._inductor import ir
 from torch._inductor.select_algorithm import realize_inputs
 
+from inductor_sparse import profitability
 from inductor_sparse.lowerings import activation_spmm_cuda, common, glu_spmm_cuda
 from inductor_sparse.lowerings.spmm_template import SpmmTemplate
 
@@ -35,7 +36,16 @@ def tuned_glu_spmm(
     size = [gate.get_size()[0], w_down.get_size()[1]]
     layout = ir.FixedLayout(gate.get_device(), gate.get_dtype(), size)
     names = dict(zip(("G", "X", "Wu", "Wd"), inputs, strict=True))
-    return common.choose(SpmmTemplate("glu_spmm", names, layout, activation=activation))
+    if counters is not None:
+        names["C"] = realize_inputs(counters)
+    template = SpmmTemplate(
+        "glu_spmm",
+        names,
+        layout,
+        activation=activation,
+        reads=profitability.glu_reads(str(gate.get_dtype()).removeprefix("torch.")),
+    )
+    return common.choose(template)
 
 
 def register() -> None:

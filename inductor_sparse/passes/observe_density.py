@@ -7,8 +7,8 @@
 
 At run time a site that is mostly too dense to win is compiled again, dense
 (:mod:`inductor_sparse.runtime.adaptation`), and one that loses more than it should in
-the 2:4 format is named.  On a CPU a few rows win at any density: a graph that decodes
-there is not observed, and pays nothing.
+the 2:4 format is named.  On a CPU so few rows that they win at any density are not
+observed, and pay nothing.
 """
 
 from __future__ import annotations
@@ -88,10 +88,12 @@ def _limits(
     gated = is_call(kernel, {_ops.glu_spmm.default})
     w = tensor_of(kernel.args[3 if gated else 1])
     assert z is not None and w is not None
-    if z.device.type in ON_CPU:
-        few = statically_known_true(z.shape[-2] <= profitability.ALWAYS_WINS_TOKENS)
-        return None if gated or few else ()
     dtype = str(z.dtype).removeprefix("torch.")
+    if z.device.type in ON_CPU:
+        most = profitability.ALWAYS_WINS_TOKENS
+        if gated:
+            most = int(profitability.glu_reads(dtype))
+        return None if statically_known_true(z.shape[-2] <= most) else ()
     if not context.can_demote(context.architecture(z.device), dtype):
         return None
     M, K, N = (size_hint(size) or 0 for size in (z.shape[-2], *w.shape[-2:]))

@@ -56,7 +56,7 @@ def _choose_on_cpu(
             Reason.NO_KERNEL_YET,
             f"{rule.op} has no {site.dtype} kernel for {site.device} yet",
         )
-    op = _form(rule, site, context)
+    op = _form(rule, site, decision, context)
     tokens, density = size_hint(site.sizes[0]), decision.density
     break_even = profitability.break_even_density(tokens, site.dtype)
     if density is not None and density > break_even:
@@ -69,11 +69,11 @@ def _choose_on_cpu(
     return Choice(Regime.SKIP, gain, op=op)
 
 
-def _form(rule: Rule, site: Site, context: PassContext) -> str:
+def _form(rule: Rule, site: Site, decision: Decision, context: PassContext) -> str:
     """The op that skips: without the up projection only for a few tokens."""
     M = site.sizes[0]
     if isinstance(M, int):
-        few = profitability.glu_pays(M)
+        few = profitability.glu_pays(M, decision.density, site.dtype)
     else:
         most = profitability.GLU_MAX_TOKENS
         few = statically_known_true(M > 0) and statically_known_true(most >= M)

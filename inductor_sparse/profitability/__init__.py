@@ -28,6 +28,7 @@ from inductor_sparse.profitability.cpu import (
     dense_call_density,
     expected_gain,
     glu_pays,
+    glu_reads,
     stream_reads,
 )
 from inductor_sparse.profitability.kernels import (
@@ -56,6 +57,7 @@ __all__ = [
     "dense_call_density",
     "expected_gain",
     "glu_pays",
+    "glu_reads",
     "has_kernel",
     "knows",
     "stream_reads",

@@ -61,9 +61,26 @@ def expected_gain(M: int | None, density: float | None, dtype: str) -> float:
     return max(1.0, round(fraction / (known_density + _FIXED_COST), 2))
 
 
-def glu_pays(M: object) -> bool:
-    """Whether computing only the active rows of the up projection pays for M tokens."""
-    return isinstance(M, int) and 0 < M <= GLU_MAX_TOKENS
+_GLU_READS = {"float32": 2.0}
+_GLU_READS_ELSE = 1.7
+
+
+def glu_reads(dtype: str) -> float:
+    """How often each row of a gated FFN's weights may be read, on average, by tokens.
+
+    Each token reads the rows of both weights that it needs anew.  A dense product reads
+    them once, but in float32 takes twice as long for four tokens as for one.
+    """
+    return _GLU_READS.get(dtype, _GLU_READS_ELSE)
+
+
+def glu_pays(M: object, density: float | None, dtype: str) -> bool:
+    """Whether computing only the active rows of the up projection pays for M tokens.
+
+    ``density`` is that of the plan, or None: then what is observed decides.
+    """
+    few = isinstance(M, int) and 0 < M <= GLU_MAX_TOKENS
+    return few and (density is None or M * density <= glu_reads(dtype))
 
 
 FEW_TOKENS = 32

@@ -259,6 +259,41 @@ def test_dense_activations_go_back_to_dense(dtype: torch.dtype) -> None:
     assert outcomes(log.decisions) == ["applied", "too-dense", "applied"]
 
 
+class OpenGates(torch.nn.Module):
+    """A gated FFN most of whose gates are open."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.gate, self.up = (torch.nn.Linear(16, 64, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(64, 16, bias=False)
+        bias = torch.where(torch.arange(64) < 64 * share, 50.0, -50.0)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.gate(x) + self.bias) * self.up(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [
+        (8, 0.5, ["applied", "too-dense"]),
+        (8, 0.125, ["applied"]),
+        (1, 1.0, ["applied"]),
+    ],
+)
+def test_gates_that_are_mostly_open_go_back_to_dense(
+    count: int, share: float, expected: list[str], dtype: torch.dtype
+) -> None:
+    model, x = OpenGates(share).to(dtype), torch.randn(count, 16, dtype=dtype)
+    with collect() as log, torch.no_grad():
+        compiled = torch.compile(model, backend="sparse")
+        for _ in range(2 * adaptation.WINDOW):
+            compare(compiled, model, x)
+    assert outcomes(log.decisions) == expected
+    assert log.decisions[0].op == "glu_spmm"
+
+
 def test_sparse_activations_are_left_alone() -> None:
     model = FFN()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from tracing import calls, rewrite, trace
 
 from inductor_sparse import profitability
 from inductor_sparse.decisions import Decision, Status
+from inductor_sparse.plan import Plan, SitePlan
 
 D, HIDDEN, N = 8, 16, 6
 STATIC = [1, 2, 3]
@@ -72,6 +73,35 @@ def test_many_tokens_keep_the_up_projection(fn: Callable[..., Tensor]) -> None:
     assert calls(gm, "activation_spmm")[0].args[2] == "identity"
     exact = fn(*(arg.double() for arg in args))
     assert_within_budget(gm(*args), fn(*args), exact)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "density", "op"),
+    [
+        (torch.float32, 0.24, "glu_spmm"),
+        (torch.float32, 0.26, "activation_spmm"),
+        (torch.bfloat16, 0.2, "glu_spmm"),
+        (torch.bfloat16, 0.22, "activation_spmm"),
+    ],
+)
+def test_a_plan_may_keep_the_up_projection(
+    dtype: torch.dtype, density: float, op: str
+) -> None:
+    plan = Plan({f"mm_2:{HIDDEN}x{N}": SitePlan(density, density, 0.0, 0.0, 1, 5)})
+    _, decision = run(reglu, inputs(8, dtype=dtype), plan=plan)
+    assert (decision.op, decision.density) == (op, density)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 2), (torch.bfloat16, 1), (torch.float16, 1)]
+)
+def test_tokens_that_could_lose_are_observed(dtype: torch.dtype, most: int) -> None:
+    for M in (most, most + 1):
+        gm, _ = run(reglu, inputs(M, dtype=dtype))
+        (glu,) = calls(gm, "glu_spmm")
+        counters = calls(gm, "site_counters")
+        assert len(counters) == M - most
+        assert list(glu.args[5:]) == counters
 
 
 def test_two_sparse_factors_are_one_product() -> None:

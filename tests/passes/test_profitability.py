@@ -33,7 +33,18 @@ def test_unknown_density_is_assumed() -> None:
     [(0, False), (1, True), (p.GLU_MAX_TOKENS, True), (p.GLU_MAX_TOKENS + 1, False)],
 )
 def test_glu_is_for_a_few_tokens(M: int, pays: bool) -> None:
-    assert p.glu_pays(M) is pays
+    assert p.glu_pays(M, None, "float32") is pays
+
+
+@pytest.mark.parametrize(("dtype", "reads"), [("float32", 2.0), ("bfloat16", 1.7)])
+def test_glu_is_not_for_tokens_that_read_rows_too_often(
+    dtype: str, reads: float
+) -> None:
+    assert p.glu_reads(dtype) == reads
+    assert p.glu_pays(1, 1.0, dtype)
+    for M in (4, 8):
+        assert p.glu_pays(M, reads / M, dtype)
+        assert not p.glu_pays(M, 1.01 * reads / M, dtype)
 
 
 def test_training_copy() -> None:
