@@ -140,6 +140,20 @@ def test_gated(M: int, dtype: torch.dtype) -> None:
         assert torch.equal(fn(gate, x, w_up, w_down), actual), "not the same twice"
 
 
+@pytest.mark.parametrize(("M", "dtype"), [(1, BF16), (2, BF16), (4, FP16), (3, FP32)])
+def test_a_gate_that_has_its_zeros_already(M: int, dtype: torch.dtype) -> None:
+    relu, identity = (
+        compiled(lambda *t, name=name: OPS.glu_spmm(*t, name))
+        for name in ("relu", "identity")
+    )
+    x = torch.randn(M, 520, device="cuda", dtype=dtype)
+    w_up, w_down = dense(3000, 520, dtype=dtype), dense(3000, 392, dtype=dtype)
+    for density in DENSITIES:
+        gate = sparse(M, 3000, density=density, dtype=dtype)
+        expected = relu(gate, x, w_up, w_down)
+        assert torch.equal(identity(gate.relu(), x, w_up, w_down), expected)
+
+
 @pytest.mark.parametrize("M", [1, 4])
 def test_a_cuda_graph_replays_with_other_densities(M: int) -> None:
     torch.manual_seed(0)
