@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from numerics import assert_within_budget
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_sparse import passes
-from inductor_sparse.decisions import Decision, GraphDecisions
+from inductor_sparse.decisions import Decision, GraphDecisions, Status
 from inductor_sparse.passes.base import PassContext
 from inductor_sparse.passes.joint_pass import SparsePass
 
@@ -69,6 +71,19 @@ def rewrite_one(
     record = rewrite(gm, **context)
     (decision,) = record.decisions
     return gm, decision
+
+
+def rewrite_skipping(act: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> Decision:
+    """Rewrite ``linear(act(x), w)``: only the product, which keeps its values."""
+    gm, decision = rewrite_one(lambda x, w: F.linear(act(x), w), x, w)
+    assert decision.status is Status.APPLIED
+    (spmm,) = calls(gm, "activation_spmm")
+    assert spmm.args[2] == "identity"
+    assert calls(gm, "mm") == []
+    # What the activation itself rounds is no business of the product.
+    h = act(x)
+    assert_within_budget(gm(x, w), F.linear(h, w), F.linear(h.double(), w.double()))
+    return decision
 
 
 @dataclasses.dataclass

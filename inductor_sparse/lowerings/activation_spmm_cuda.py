@@ -48,7 +48,7 @@ _DOT_COLUMNS = 128
 """Of a warp that uses tensor cores; half of them if ``w`` has 8 bits, because
 converting takes registers."""
 
-_WARP_BYTES = 512
+WARP_BYTES = 512
 """Of a row of ``w`` that any other warp loads: 16 of each lane."""
 
 SCALED_DOT_DTYPE = "tl.bfloat16"
@@ -106,7 +106,7 @@ def choose_tile(
     dot = block >= DOT_TOKENS and dtype.itemsize == 2
     # Whole warps side by side in one row: no sum crosses them.
     columns = _DOT_COLUMNS // 2 if scaled else _DOT_COLUMNS
-    a_warp = columns if dot else _WARP_BYTES // dtype.itemsize
+    a_warp = columns if dot else WARP_BYTES // dtype.itemsize
     warps = min(8 if dot else 4, power_of_2(-(-N // a_warp)))
     in_registers = _SCALED_RESIDENT_WARPS if scaled else _RESIDENT_WARPS
     resident = 16 if dot else in_registers[block]

@@ -45,9 +45,6 @@ _DOT_PARTS = {1: 4, 2: 4, 4: 1, 8: 1}
 """Tokens of a program -> its warps, if they use tensor cores.  Warps that share a tile
 would all multiply the same, so each has features of its own, or a program to itself."""
 
-_LOAD_BYTES = 512
-"""Of a row that a warp loads: 16 of each lane."""
-
 
 def choose_up_tile(
     tokens: int | None, D: int, dtype: torch.dtype, *, amd: bool = False
@@ -67,7 +64,8 @@ def choose_up_tile(
     dot = dtype.itemsize == 2
     parts = _DOT_PARTS[block] if dot else 1
     warps = parts if dot else 4
-    features = 128 if dot else warps * _LOAD_BYTES // dtype.itemsize
+    row_bytes = warps * activation_spmm_cuda.WARP_BYTES
+    features = 128 if dot else row_bytes // dtype.itemsize
     return UpTile(
         BM=block,
         LOCAL=_LOCAL[block] if dot else 32,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -64,8 +65,9 @@ def as_relu(node: fx.Node) -> fx.Node | None:
     if is_call(node, {aten.maximum.default}):
         a, b = node.args
         return _full(node, a if is_zero(b) else b if is_zero(a) else None)
-    if selection(node) is not None:
-        return _where_negative_is_zero(node, lambda value: value)
+    choice = selection(node)
+    if choice is not None:
+        return _where_negative_is_zero(node, choice, lambda value: value)
     floor, ceiling = clip_bounds(node)
     if floor == 0 and ceiling == math.inf:
         return input_of(node)
@@ -92,8 +94,9 @@ def as_relu_squared(node: fx.Node) -> fx.Node | None:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
             z = as_relu(a)
             return z if z is not None and z is as_relu(b) else None
-    if selection(node) is not None:
-        return _where_negative_is_zero(node, square_root)
+    choice = selection(node)
+    if choice is not None:
+        return _where_negative_is_zero(node, choice, square_root)
     return None
 
 
@@ -121,9 +124,11 @@ def _through_cast(cast: fx.Node, recognize: _Recognizer) -> fx.Node | None:
     return z if is_widening(cast) else with_dtype(z, cast.meta["val"].dtype)
 
 
-def _where_negative_is_zero(node: fx.Node, root: _Recognizer) -> fx.Node | None:
+def _where_negative_is_zero(
+    node: fx.Node, choice: tuple[Any, Any, Any], root: _Recognizer
+) -> fx.Node | None:
     # where(z <= 0, 0, f(z)): NaN fails the test and so takes f(z), as relu does.
-    condition, if_true, if_false = selection(node) or node.args
+    condition, if_true, if_false = choice
     test = sign_test(condition)
     if test is None or test[0] not in ("le", "lt") or not is_zero(if_true):
         return None
@@ -179,6 +184,22 @@ def clip_bounds(node: fx.Node) -> tuple[float, float]:
     )
 
 
+def masking(
+    node: fx.Node, zero: Callable[[object], bool] = is_zero
+) -> tuple[Any, Any, tuple[str, str]] | None:
+    """``(condition, kept, passing)`` of a selection that has zeros on one side.
+
+    ``passing`` are the comparisons with which large values are the ``kept`` ones.
+    """
+    choice = selection(node)
+    if choice is None:
+        return None
+    condition, if_true, if_false = choice
+    if zero(if_false):
+        return condition, if_true, ("gt", "ge")
+    return (condition, if_false, ("lt", "le")) if zero(if_true) else None
+
+
 def is_thresholded(node: fx.Node) -> bool:
     """Whether a node is something whose small values, of either sign, became zero.
 
@@ -188,15 +209,10 @@ def is_thresholded(node: fx.Node) -> bool:
     if is_call(node, _MULS):
         a, b = node.args
         return _masks(a, b) or _masks(b, a)
-    choice = selection(node)
-    if choice is None:
+    masked = masking(node, _is_zeroed)
+    if masked is None:
         return False
-    condition, if_true, if_false = choice
-    kept, passing = if_true, ("gt", "ge")
-    if _is_zeroed(if_true):
-        kept, passing = if_false, ("lt", "le")
-    elif not _is_zeroed(if_false):
-        return False
+    condition, kept, passing = masked
     test = magnitude_test(condition)
     if test is None or test[0] not in passing or not isinstance(kept, fx.Node):
         return False

@@ -19,7 +19,11 @@ from inductor_sparse import config, profitability
 from inductor_sparse._compat import size_hint, uses_cuda_graphs
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
 from inductor_sparse.passes.choice import Choice, Regime
-from inductor_sparse.passes.emit import emit_sparse24, scaled_and_shifted
+from inductor_sparse.passes.emit import (
+    emit_activation_spmm,
+    emit_sparse24,
+    scaled_and_shifted,
+)
 from inductor_sparse.passes.fx_utils import (
     module_path,
     op_name,
@@ -27,7 +31,7 @@ from inductor_sparse.passes.fx_utils import (
     source_line,
     tensor_of,
 )
-from inductor_sparse.passes.producers import Producer
+from inductor_sparse.passes.producers import Family, Producer
 from inductor_sparse.passes.quantized_ffn import (
     emit_quantized_ffn,
     emit_quantized_rows,
@@ -219,6 +223,22 @@ class Rule(abc.ABC):
         product = self.rewrite_as(chosen.op, site, row_major, context)
         decision.weight_copy_bytes = copy_bytes(product, site.matmul)
         return product
+
+
+class FamilyRule(Rule):
+    """A rule for all sites of one ``family``, whose left operand stays as it is."""
+
+    family: Family
+
+    def match(self, site: Site) -> Producer | None:
+        """The producer if it is of the family."""
+        producer = site.producer
+        is_mine = producer is not None and producer.family is self.family
+        return producer if is_mine else None
+
+    def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
+        """Insert ``activation_spmm``."""
+        return emit_activation_spmm(site, weight)
 
 
 _TRAINING_REJECTION = Rejection(

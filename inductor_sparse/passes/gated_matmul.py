@@ -19,8 +19,8 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from inductor_sparse.passes.base import PassContext, Rule
-from inductor_sparse.passes.emit import direct_input, emit_activation_spmm, replay_views
+from inductor_sparse.passes.base import FamilyRule, PassContext
+from inductor_sparse.passes.emit import direct_input, replay_views
 from inductor_sparse.passes.fx_utils import (
     ORDERED_VIEWS,
     aten,
@@ -32,7 +32,7 @@ from inductor_sparse.passes.fx_utils import (
     tensor_of,
 )
 from inductor_sparse.passes.gpu_obstacles import kernel_obstacle
-from inductor_sparse.passes.producers import Family, Producer
+from inductor_sparse.passes.producers import Family
 from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.passes.weights import Weight, emit_weight, resolve_weight
 
@@ -48,25 +48,18 @@ class _Glu:
     w_up_FD: Weight
 
 
-class GatedMatmul(Rule):
+class GatedMatmul(FamilyRule):
     """mm(relu(g) * up, w), also with relu(g)²: glu_spmm or activation_spmm."""
 
     name = "gated_matmul"
+    family = Family.GATED
     packs = True
-
-    def match(self, site: Site) -> Producer | None:
-        """The producer if it is a gated product."""
-        producer = site.producer
-        is_mine = producer is not None and producer.family is Family.GATED
-        return producer if is_mine else None
 
     def forms(self, site: Site, context: PassContext) -> tuple[str, ...]:
         """``activation_spmm``, and ``glu_spmm`` where all of its parts are at hand."""
-        return gated_forms(self.op, site, context)
-
-    def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
-        """Insert ``activation_spmm`` of the gated product."""
-        return emit_activation_spmm(site, weight)
+        if _read_glu(site, context) is None:
+            return (self.op,)
+        return ("glu_spmm", self.op)
 
     def rewrite_as(
         self, op: str, site: Site, weight: fx.Node, context: PassContext
@@ -74,24 +67,14 @@ class GatedMatmul(Rule):
         """Insert ``glu_spmm``, or :meth:`rewrite`."""
         if op != "glu_spmm":
             return self.rewrite(site, weight, context)
-        return emit_glu_spmm(site, weight, context)
-
-
-def gated_forms(op: str, site: Site, context: PassContext) -> tuple[str, ...]:
-    """``op``, behind ``glu_spmm`` where that can compute the site."""
-    return (op,) if _read_glu(site, context) is None else ("glu_spmm", op)
-
-
-def emit_glu_spmm(site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
-    """Insert ``glu_spmm``, one of the :func:`gated_forms` of the site."""
-    glu = _read_glu(site, context)
-    assert glu is not None
-    gate = replay_views(glu.gate_views, glu.gate, site.matmul)
-    w_up = emit_weight(glu.w_up_FD, site.matmul)
-    target = torch.ops.inductor_sparse.glu_spmm.default
-    return insert_call(
-        site.matmul, target, (gate, glu.x_MD, w_up, weight, glu.activation)
-    )
+        glu = _read_glu(site, context)
+        assert glu is not None
+        gate = replay_views(glu.gate_views, glu.gate, site.matmul)
+        w_up = emit_weight(glu.w_up_FD, site.matmul)
+        target = torch.ops.inductor_sparse.glu_spmm.default
+        return insert_call(
+            site.matmul, target, (gate, glu.x_MD, w_up, weight, glu.activation)
+        )
 
 
 def _read_glu(site: Site, context: PassContext) -> _Glu | None:

@@ -25,10 +25,8 @@ from inductor_sparse.passes.fx_utils import (
     aten,
     input_of,
     is_call,
-    is_zero,
     peel,
     same_shape,
-    selection,
     source_tensor,
     tensor_of,
     threshold_test,
@@ -133,10 +131,12 @@ def _smooth(node: fx.Node, name: str, budget: int) -> Producer:
         inner = (_find(source, budget) for source in node.all_input_nodes)
         found = next((p for p in inner if p is not None and p.reason is None), None)
         if found is not None:
-            activation, family = f"{name}({found.activation})", Family.PLAIN
-            if found.family is Family.MAGNITUDE:
-                family = found.family
-            return dataclasses.replace(producer, family=family, activation=activation)
+            is_magnitude = found.family is Family.MAGNITUDE
+            return dataclasses.replace(
+                producer,
+                family=found.family if is_magnitude else Family.PLAIN,
+                activation=f"{name}({found.activation})",
+            )
     why = f"{name} is almost never exactly zero"
     return _refuse(producer, Reason.ACTIVATION_NOT_SPARSE, why)
 
@@ -190,16 +190,10 @@ def _clip(node: fx.Node, budget: int) -> Producer | None:
 
 
 def _where(node: fx.Node, budget: int) -> Producer | None:
-    choice = selection(node)
-    if choice is None:
+    masked = activations.masking(node)
+    if masked is None:
         return None
-    condition, if_true, if_false = choice
-    if is_zero(if_false):
-        kept, positive = if_true, ("gt", "ge")
-    elif is_zero(if_true):
-        kept, positive = if_false, ("le", "lt")
-    else:
-        return None
+    condition, kept, positive = masked
     test = threshold_test(condition)
     if test is not None and test[0] in positive and isinstance(kept, fx.Node):
         x = source_tensor(test[1])

@@ -7,29 +7,16 @@
 
 from __future__ import annotations
 
-from torch import fx
-
-from inductor_sparse.passes.base import PassContext, Rule
-from inductor_sparse.passes.emit import emit_activation_spmm
-from inductor_sparse.passes.producers import Family, Producer
-from inductor_sparse.passes.sites import Site
+from inductor_sparse.passes.base import FamilyRule
+from inductor_sparse.passes.producers import Family
 
 
-class ReluMatmul(Rule):
+class ReluMatmul(FamilyRule):
     """mm(relu(z), w) skips the rows of w that meet a zero: activation_spmm."""
 
     name = "relu_matmul"
+    family = Family.PLAIN
     packs = True
-
-    def match(self, site: Site) -> Producer | None:
-        """The producer if it is a plain activation."""
-        producer = site.producer
-        is_mine = producer is not None and producer.family is Family.PLAIN
-        return producer if is_mine else None
-
-    def rewrite(self, site: Site, weight: fx.Node, context: PassContext) -> fx.Node:
-        """Insert ``activation_spmm``."""
-        return emit_activation_spmm(site, weight)
 
 
 RULE = ReluMatmul()

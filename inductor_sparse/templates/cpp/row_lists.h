@@ -332,6 +332,15 @@ inline void restore_order(float* sums, int64_t cols) {
   }
 }
 
+// Adds a call to ops.COUNTERS: memory of the runtime, so not an input only.
+inline void count_call(const int64_t* memory, bool dense, int64_t kept, int64_t elements) {
+  int64_t* const counters = const_cast<int64_t*>(memory);
+  counters[0] += 1;
+  counters[1] += dense;
+  counters[2] += kept;
+  counters[3] += elements;
+}
+
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
