@@ -37,11 +37,11 @@ class UpTile:
     num_warps: int
 
 
-_LOCAL = {1: 64, 2: 32, 4: 16, 8: 16}
+_LOCAL = {1: 64, 2: 32, 4: 32, 8: 16}
 """Tokens of a program -> its neurons.  At a tenth of non-zeros nearly all programs then
 find no more of them than they read at a time, and need no second turn."""
 
-_DOT_PARTS = {1: 4, 2: 4, 4: 1, 8: 1}
+_DOT_PARTS = {1: 4, 2: 4, 4: 4, 8: 1}
 """Tokens of a program -> its warps, if they use tensor cores.  Warps that share a tile
 would all multiply the same, so each has features of its own, or a program to itself."""
 

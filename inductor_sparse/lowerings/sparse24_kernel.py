@@ -54,6 +54,16 @@ class TileConfig:
         return 64 * self.consumers * self.m64
 
     @property
+    def halves(self) -> bool:
+        """Whether tiles of the last round may be cut in two along N.
+
+        One CTA of two then loads all of the columns of ``w``, and a half is stored from
+        whole buffers, the same as a tile begins with.
+        """
+        buffers, left_over = divmod(self.block_n // 2, self.store_columns)
+        return self.cluster == 2 and not left_over and buffers % self.store_buffers == 0
+
+    @property
     def slots(self) -> int:
         """Tiles of the packed operand in flight, each for two steps along K."""
         return self.stages // 2 + 1
@@ -88,21 +98,21 @@ class TileConfig:
 _CONFIGS: dict[int, tuple[TileConfig, ...]] = {
     2: (
         TileConfig(store_buffers=1, store_columns=32),
-        TileConfig(m64=2, block_n=192, stages=4, store_buffers=1),
+        TileConfig(m64=2, block_n=192, stages=4, store_buffers=1, store_columns=32),
         TileConfig(m64=2, block_n=128),
-        TileConfig(block_n=192),
+        TileConfig(block_n=192, store_buffers=3, store_columns=32),
         TileConfig(block_n=128, stages=7, store_buffers=1),
         TileConfig(block_n=128, stages=7, store_buffers=1, cluster=1),
-        TileConfig(block_n=64, stages=9, cluster=1),
+        TileConfig(block_n=64, stages=9, cluster=1, store_buffers=1),
     ),
     1: (
         TileConfig(stages=4),
         TileConfig(m64=2, block_n=192, stages=4, store_buffers=1, store_columns=32),
         TileConfig(m64=2, block_n=128, store_buffers=1),
-        TileConfig(block_n=192),
+        TileConfig(block_n=192, store_buffers=3, store_columns=32),
         TileConfig(block_n=128, stages=7, store_buffers=1),
         TileConfig(block_n=128, stages=7, store_buffers=1, cluster=1),
-        TileConfig(block_n=64, stages=9, cluster=1),
+        TileConfig(block_n=64, stages=9, cluster=1, store_buffers=1),
     ),
 }
 
@@ -193,6 +203,7 @@ def kernel_source(
         "cuda/sparse24_mm.cu.jinja",
         **dataclasses.asdict(config),
         slots=config.slots,
+        halves=config.halves,
         name=name,
         dtype=DTYPE_NAMES[dtype],
         b_order=b_order,

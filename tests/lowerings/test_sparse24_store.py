@@ -71,37 +71,43 @@ static void tma_store(const Map* map, u32 from, int inner, int outer) {
 """
 
 KERNEL = """
-static void one(u32 thread, const float* sums, const Map& map_d, int M, int N) {{
+struct Part {{ int m_tile, first_n; bool half; }};
+static void one(u32 thread, const float* sums, const Map& map_d, int M, int N,
+                bool half) {{
   const u32 shared = 0, in_group = thread;
   lane = thread % 32, warp = thread / 32;
   const u32 lane = ::lane, warp = ::warp;
+  const int columns = half ? BLOCK_N / 2 : BLOCK_N;
   for (int m_tile = 0; m_tile * BLOCK_M < M; m_tile++)
-  for (int n_tile = 0; n_tile * BLOCK_N < N; n_tile++)
+  for (int first_n = 0; first_n < N; first_n += columns)
   for (u32 group = 0; group < CONSUMERS; group++) {{
+    const Part part = {{m_tile, first_n, half}};
     float acc[M64][BLOCK_N / 2];
     for (int i = 0; i < M64; i++)
-      for (int at = 0; at < BLOCK_N / 2; at++) {{
+      for (int at = 0; at < columns / 2; at++) {{
         const int m = m_tile * BLOCK_M + (group * M64 + i) * 64 + warp * 16 + lane / 4
                       + at % 4 / 2 * 8;
-        const int n = n_tile * BLOCK_N + at / 4 * 8 + lane % 4 * 2 + at % 2;
+        const int n = first_n + at / 4 * 8 + lane % 4 * 2 + at % 2;
         acc[i][at] = m < M && n < N ? sums[(long long)m * N + n] : -1.f;
       }}
     {body}
   }}
 }}
-extern "C" void run(const float* sums, u16* out, int M, int N, int transposed,
+extern "C" void run(const float* sums, u16* out, int M, int N, int half, int transposed,
                     int box_inner, int box_outer, int swizzle) {{
   const Map map = {{out, transposed ? M : N, transposed ? N : M, box_inner, box_outer,
                    swizzle}};
   std::vector<std::thread> threads;
   for (u32 t = 0; t < 128; t++)
-    threads.emplace_back([=, &map] {{ one(t, sums, map, M, N); }});
+    threads.emplace_back([=, &map] {{ one(t, sums, map, M, N, half); }});
   for (auto& thread : threads) thread.join();
 }}
 """
 
 
-def stored(tile: TileConfig, transposed: bool, sums_MN: Tensor, folder: Path) -> Tensor:
+def stored(
+    tile: TileConfig, transposed: bool, half: bool, sums_MN: Tensor, folder: Path
+) -> Tensor:
     """What the kernel's text makes of the sums, ``[M, N]`` or ``[N, M]``."""
     epilogue = Epilogue(torch.float16, transposed=transposed)
     source = hopper.kernel_source("k", torch.float16, tile, epilogue)
@@ -120,7 +126,7 @@ def stored(tile: TileConfig, transposed: bool, sums_MN: Tensor, folder: Path) ->
     out = torch.full((N, M) if transposed else (M, N), -2.0, dtype=torch.float16)
     box = hopper.map_boxes(torch.float16, tile, epilogue)[2]
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (sums_MN, out))
-    sizes = (M, N, transposed, *box["box"], box["swizzle"])
+    sizes = (M, N, half, transposed, *box["box"], box["swizzle"])
     ctypes.CDLL(str(library)).run(*pointers, *map(ctypes.c_int, sizes))
     assert box["transposed"] == transposed
     return out
@@ -128,21 +134,23 @@ def stored(tile: TileConfig, transposed: bool, sums_MN: Tensor, folder: Path) ->
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "tile",
+    "tile, half",
     [
-        TileConfig(),
-        TileConfig(store_columns=32),
-        TileConfig(m64=2, block_n=128, stages=5),
-        TileConfig(block_n=64, stages=10, cluster=1),
+        (TileConfig(), False),
+        (TileConfig(), True),
+        (TileConfig(store_columns=32), False),
+        (TileConfig(m64=2, block_n=128, stages=5), False),
+        (TileConfig(m64=2, block_n=192, store_buffers=1, store_columns=32), True),
+        (TileConfig(block_n=64, stages=10, cluster=1, store_buffers=1), False),
     ],
     ids=str,
 )
 def test_every_element_has_its_place(
-    tile: TileConfig, transposed: bool, tmp_path: Path
+    tile: TileConfig, half: bool, transposed: bool, tmp_path: Path
 ) -> None:
     M, N = tile.block_m + 72, tile.block_n + 40
     sums_MN = torch.arange(M * N).remainder(2039).float().view(M, N)
-    out = stored(tile, transposed, sums_MN, tmp_path)
+    out = stored(tile, transposed, half, sums_MN, tmp_path)
     assert torch.equal(out.float(), sums_MN.t() if transposed else sums_MN)
 
 

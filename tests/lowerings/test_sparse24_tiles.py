@@ -53,8 +53,8 @@ def disassembled(cubin: Path) -> list[str]:
     return listing.stdout.splitlines()
 
 
-def main_loop(sass: list[str]) -> list[str]:
-    """The shortest loop that multiplies."""
+def main_loop(sass: list[str], columns: int) -> list[str]:
+    """The shortest loop that multiplies so many columns at a time."""
     labels = {
         found.group(1): at
         for at, line in enumerate(sass)
@@ -64,7 +64,7 @@ def main_loop(sass: list[str]) -> list[str]:
     for end, line in enumerate(sass):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         body = sass[labels.get(target.group(1), end) : end] if target else []
-        if any("GMMA" in instruction for instruction in body):
+        if any(f"GMMA.SP.64x{columns}x" in instruction for instruction in body):
             loops.append(body)
     return min(loops, key=len)
 
@@ -84,9 +84,11 @@ def test_a_tile_compiles_and_its_instructions_overlap(
     assert compiled.registers <= 168
     assert compiled.local <= 64
     # What is spilled is so outside of the main loop.
-    loop = main_loop(disassembled(tmp_path / "kernel.cubin"))
-    assert sum("GMMA" in line for line in loop) >= 2
-    assert [line for line in loop if "LDL" in line or "STL" in line] == []
+    sass = disassembled(tmp_path / "kernel.cubin")
+    for columns in (tile.block_n, tile.block_n // 2)[: 1 + tile.halves]:
+        loop = main_loop(sass, columns)
+        assert sum("GMMA" in line for line in loop) >= 2
+        assert [line for line in loop if "LDL" in line or "STL" in line] == []
 
 
 @pytest.mark.parametrize("dtype, order, tile", TILES)

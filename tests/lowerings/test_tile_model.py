@@ -44,11 +44,19 @@ def test_tiles_shrink_when_multiprocessors_would_be_idle() -> None:
 
 
 def test_a_round_more_is_counted() -> None:
+    tile = next(tile for tile in sparse24_kernel.configs(HALF) if not tile.halves)
+    columns, rows = 66 * tile.block_n, tile.block_m * tile.cluster
+    assert tile_model.rounds(tile, rows, columns, 132) == 1
+    assert tile_model.rounds(tile, rows, columns + 1, 132) == 2
+    assert tile_model.rounds(tile, rows + 1, columns, 132) == 2
+
+
+def test_a_last_round_of_few_tiles_is_one_of_halves() -> None:
     tile = sparse24_kernel.configs(HALF)[0]
-    columns = 66 * tile.block_n
-    assert tile_model.rounds(tile, 256, columns, 132) == 1
-    assert tile_model.rounds(tile, 256, columns + 1, 132) == 2
-    assert tile_model.rounds(tile, 257, columns, 132) == 2
+    assert tile.halves
+    for tiles, expected in ((1, 0.7), (33, 0.7), (34, 1), (67, 1.7), (132, 2)):
+        columns = tiles * tile.block_n
+        assert tile_model.rounds(tile, 256, columns, 132) == expected
 
 
 def test_a_tile_takes_time_even_if_the_reduction_is_short() -> None:
@@ -94,13 +102,24 @@ def test_every_tile_was_measured(dtype: torch.dtype) -> None:
 MEASURED = [
     # Of the tiles tried on an H200, the fastest for (M, N, K).
     ((512, 4096, 16384), HALF, (128, 128, 2)),
+    ((8192, 4096, 16384), HALF, (128, 256, 2)),
+    ((8192, 5120, 21504), HALF, (128, 256, 2)),
+    ((16384, 4096, 16384), HALF, (128, 256, 2)),
     ((512, 5120, 21504), HALF, (128, 192, 2)),
     ((1024, 5120, 21504), HALF, (256, 192, 2)),
     ((2048, 8192, 28672), HALF, (128, 256, 2)),
     ((8192, 8192, 8192), HALF, (256, 192, 2)),
     ((512, 4096, 16384), BYTE, (128, 128, 2)),
     ((2048, 4096, 16384), BYTE, (128, 256, 2)),
-    ((2048, 5120, 21504), BYTE, (256, 192, 2)),
+    # Their last rounds are of halves.
+    ((2048, 5120, 21504), HALF, (128, 256, 2)),
+    ((2048, 5120, 21504), BYTE, (128, 256, 2)),
+    ((6400, 2048, 8192), HALF, (128, 256, 2)),
+    ((6400, 2048, 8192), BYTE, (128, 256, 2)),
+    ((3000, 6144, 24576), HALF, (256, 192, 2)),
+    ((512, 2048, 8192), HALF, (128, 128, 2)),
+    ((512, 2048, 8192), BYTE, (128, 128, 2)),
+    ((3000, 6144, 24576), BYTE, (256, 192, 2)),
 ]
 
 
