@@ -72,7 +72,7 @@ def choose_up_tile(
         ROWS=16 if dot else 4,
         BD=max(16, min(features, power_of_2(D))),
         PARTS=parts,
-        STAGES=2 if amd else 3 if parts > 1 else 4,
+        STAGES=2 if amd else 3 if parts > 1 and block > 1 else 4,
         DOT=dot,
         num_warps=warps,
     )
