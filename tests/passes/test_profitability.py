@@ -115,3 +115,20 @@ def test_no_number_of_tokens_of_the_packing_regime_loses(
     # Among them one token more than each number of whole tiles.
     tokens = {*range(begin + 1, 16384, 256), *range(begin, 16384, 97)}
     assert min(p.cuda.prefill_gain(M, K, N, dtype, graphs=graphs) for M in tokens) >= 1
+
+
+def test_a_few_tiles_more_than_whole_rounds_cost_less_than_a_round() -> None:
+    # 66 clusters have 160 tiles of 256 columns, or 220 of 192: both end in a last round
+    # of few.  With 256 tokens more it is of more than half, and a whole one.
+    few, many = (
+        p.cuda.prefill_gain(M, 16384, 4096, "bfloat16", graphs=True)
+        for M in (2305, 2561)
+    )
+    assert few > many > 1
+    for tiles, halves, expected in (
+        (160, True, 2.7),
+        (160, False, 3),
+        (166, True, 3),
+        (132, True, 2),
+    ):
+        assert p.cuda.rounds(tiles, 66, halves=halves) == expected
