@@ -51,8 +51,8 @@ class _Glu:
 class GatedMatmul(FamilyRule):
     """mm(relu(g) * up, w), also with relu(g)²: glu_spmm or activation_spmm."""
 
-    name = "gated_matmul"
     family = Family.GATED
+    name = family.value
     packs = True
 
     def forms(self, site: Site, context: PassContext) -> tuple[str, ...]:

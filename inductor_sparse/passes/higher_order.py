@@ -12,16 +12,7 @@ from inductor_sparse.passes.base import (
     close_dense,
     open_decision,
 )
-from inductor_sparse.passes.producers import Family
 from inductor_sparse.passes.sites import Rejection, Site, forward_sites
-
-_RULES = {
-    Family.PLAIN: "relu_matmul",
-    Family.SQUARED: "relu_squared_matmul",
-    Family.GATED: "gated_matmul",
-    Family.MAGNITUDE: "magnitude_matmul",
-}
-"""The rule that a site would belong to."""
 
 
 def record_dense(site: Site, context: PassContext, why: Rejection) -> None:
@@ -29,7 +20,7 @@ def record_dense(site: Site, context: PassContext, why: Rejection) -> None:
     producer = site.producer
     if producer is None or producer.reason is not None:
         return
-    rule = _RULES[producer.family]
+    rule = producer.family.value
     decision = open_decision(site, producer, context, rule, Tier.EXACT)
     close_dense(decision, why, site.matmul)
 

@@ -18,8 +18,8 @@ from inductor_sparse.passes.producers import Family
 class MagnitudeMatmul(GatedMatmul):
     """mm(where(|x| > t, x, 0), w) skips rows of w that meet a zero, also as a gate."""
 
-    name = "magnitude_matmul"
     family = Family.MAGNITUDE
+    name = family.value
     packs = False
 
 

@@ -69,12 +69,12 @@ SHIFTED = "a term is added between the activation and the matmul, so zeros are l
 
 
 class Family(str, enum.Enum):
-    """What kind of producer it is, which decides the rule that takes the site."""
+    """What kind of producer it is; the value names the rule that takes its sites."""
 
-    PLAIN = "plain"
-    SQUARED = "squared"
-    GATED = "gated"
-    MAGNITUDE = "magnitude"
+    PLAIN = "relu_matmul"
+    SQUARED = "relu_squared_matmul"
+    GATED = "gated_matmul"
+    MAGNITUDE = "magnitude_matmul"
 
 
 @dataclasses.dataclass(frozen=True)

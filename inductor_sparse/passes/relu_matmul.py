@@ -14,8 +14,8 @@ from inductor_sparse.passes.producers import Family
 class ReluMatmul(FamilyRule):
     """mm(relu(z), w) skips the rows of w that meet a zero: activation_spmm."""
 
-    name = "relu_matmul"
     family = Family.PLAIN
+    name = family.value
     packs = True
 
 

@@ -14,8 +14,8 @@ from inductor_sparse.passes.producers import Family
 class ReluSquaredMatmul(FamilyRule):
     """mm(relu(z)², w) skips the rows of w that meet a zero: activation_spmm."""
 
-    name = "relu_squared_matmul"
     family = Family.SQUARED
+    name = family.value
     packs = True
 
 
