@@ -51,9 +51,10 @@ def run(
     body = {**vars(torch), "cuda": types.SimpleNamespace()}
     body["cuda"]._DeviceGuard = lambda index: nullcontext()
     body["cuda"].set_device = lambda index: None
+    guards = vars(torch._C._dynamo.guards)
     names: dict[str, Any] = {
+        **{name: check for name, check in guards.items() if name.startswith("assert_")},
         "torch": types.SimpleNamespace(**body),
-        "assert_size_stride": torch._C._dynamo.guards.assert_size_stride,
         "empty_strided_cuda": _empty,
         "get_raw_stream": lambda index: 0,
     }

@@ -10,7 +10,10 @@ only what feeds a matmul: the rest of the graph is none of our business.
 
 from __future__ import annotations
 
-from torch import fx
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
 
 from inductor_sparse.passes.activations import as_relu, as_relu_squared
 from inductor_sparse.passes.base import PassContext
@@ -19,10 +22,14 @@ from inductor_sparse.passes.fx_utils import (
     insert_call,
     is_call,
     replace,
+    same_layout,
     tensor_of,
     with_dtype,
 )
 from inductor_sparse.passes.sites import forward_sites
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 
 class Canonicalize:
@@ -46,13 +53,20 @@ def _canonicalize(node: fx.Node) -> None:
     if value is None:
         return
     z = with_dtype(as_relu_squared(node), value.dtype)
-    if z is not None and not _is_canonical_square(node):
+    if _takes_layout(z, value) and not _is_canonical_square(node):
         relu = _relu_of(z, node)
         replace(node, insert_call(node, aten.pow.Tensor_Scalar, (relu, 2)))
         return
     z = with_dtype(as_relu(node), value.dtype)
-    if z is not None and not is_call(node, {aten.relu.default}):
+    if _takes_layout(z, value) and not is_call(node, {aten.relu.default}):
         replace(node, _relu_of(z, node))
+
+
+def _takes_layout(z: fx.Node | None, value: Tensor) -> TypeGuard[fx.Node]:
+    """Whether there is a ``z``, and relu(z) lies in memory as what it would replace."""
+    if z is None:
+        return False
+    return same_layout(torch.empty_like(z.meta["val"]), value)
 
 
 def _relu_of(z: fx.Node, before: fx.Node) -> fx.Node:

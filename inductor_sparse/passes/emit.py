@@ -17,6 +17,7 @@ from inductor_sparse.passes.fx_utils import (
     input_of,
     insert_call,
     is_call,
+    is_row_major,
     is_transposition,
     peel,
     same_shape,
@@ -27,6 +28,8 @@ from inductor_sparse.passes.fx_utils import (
 from inductor_sparse.passes.sites import Site, read_site
 
 _LINEAR = frozenset({aten.mm.default, aten.addmm.default})
+_STRICT_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+"""Views that have an error where a copy is needed."""
 _ops = torch.ops.inductor_sparse
 
 
@@ -46,12 +49,22 @@ def direct_input(node: fx.Node) -> tuple[str, fx.Node, list[fx.Node]]:
     return "identity", node, []
 
 
-def replay_views(views: Iterable[fx.Node], on: fx.Node, before: fx.Node) -> fx.Node:
-    """Apply the views of a chain, nearest to the matmul first, to another node."""
+def replay_views(
+    views: Iterable[fx.Node],
+    on: fx.Node,
+    before: fx.Node,
+    insert: Callable[..., fx.Node] = insert_call,
+) -> fx.Node:
+    """Apply the views of a chain, nearest to the matmul first, to another node.
+
+    An activation lies dense in memory, and what it is computed from need not: it may
+    have to be copied where that was viewed.
+    """
     for view in reversed(list(views)):
-        assert callable(view.target)
-        args, kwargs = (on, *view.args[1:]), dict(view.kwargs)
-        on = insert_call(before, view.target, args, kwargs)
+        target = view.target
+        if is_call(view, _STRICT_VIEWS) and not is_row_major(on.meta["val"]):
+            target = aten.reshape.default
+        on = insert(before, target, (on, *view.args[1:]), dict(view.kwargs))
     return on
 
 
@@ -159,10 +172,8 @@ def packable_input(site: Site, *, emit: bool = True) -> tuple[fx.Node, str, str]
     ``z`` is what the views between it and the matmul start from.
     """
     activation, z, views = direct_input(site.lhs)
-    for view in reversed(views) if emit else ():
-        assert callable(view.target)
-        args, kwargs = (z, *view.args[1:]), dict(view.kwargs)
-        z = shared_call(site.matmul, view.target, args, kwargs)
+    if emit:
+        z = replay_views(views, z, site.matmul, shared_call)
     return z, activation, "largest_abs" if activation == "identity" else "largest"
 
 

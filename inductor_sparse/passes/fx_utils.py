@@ -114,6 +114,22 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
     return a.ndim == b.ndim and all(map(same_size, a.shape, b.shape))
 
 
+def is_row_major(value: Tensor) -> bool:
+    """Whether the elements are known to lie one behind the other, adding no guard."""
+    expected: int | torch.SymInt = 1
+    for dim in reversed(range(value.ndim)):
+        size = value.shape[dim]
+        if not same_size(size, 1) and not same_size(value.stride(dim), expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are known to have equal strides."""
+    return all(map(same_size, a.stride(), b.stride()))
+
+
 def peel(node: fx.Node, targets: Container[Any]) -> tuple[fx.Node, list[fx.Node]]:
     """Walk back through single-input ops: where it ends, and the nodes passed."""
     passed: list[fx.Node] = []

@@ -1,7 +1,8 @@
 """A matmul whose right operand is sparse is transposed while the rules run.
 
 The rules know ``a @ w``, a token in each row.  Written with tokens in columns, or for a
-single vector, a layer is ``w @ a``, which equals ``(a.T @ w.T).T``: only views differ.
+single vector, a layer is ``w @ a``, which equals ``(a.T @ w.T).T``: but for views only
+the order of the result in memory differs, and it is copied back, or with what follows.
 So is ``(w * a).sum(1)``, into which Inductor decomposes the product of a matrix and a
 vector.
 
@@ -81,7 +82,19 @@ def _transpose(matmul: fx.Node) -> None:
     product = insert_call(matmul, matmul.target, (a_T, w_T))
     was_sum = matmul.meta.get(COMPOSED_KEY) == DECOMPOSED
     product.meta[COMPOSED_KEY] = _TRANSPOSED_SUM if was_sum else _TRANSPOSED
-    replace(matmul, insert_call(matmul, transpose, (product, swapped)))
+    replace(matmul, _transposed_result(product, matmul, swapped))
+
+
+def _transposed_result(
+    product: fx.Node, matmul: fx.Node, swapped: list[int]
+) -> fx.Node:
+    """The transpose of a product, row-major as the result of ``matmul``."""
+    shape = matmul.meta["val"].shape
+    if same_size(shape[-1], 1) and all(isinstance(size, int) for size in shape):
+        return insert_call(matmul, aten.view.default, (product, list(shape)))
+    permuted = insert_call(matmul, aten.permute.default, (product, swapped))
+    row_major = {"memory_format": torch.contiguous_format}
+    return insert_call(matmul, aten.clone.default, (permuted,), row_major)
 
 
 def _as_matmul(total: fx.Node) -> None:
@@ -115,6 +128,8 @@ def _as_matmul(total: fx.Node) -> None:
 def _restore(matmul: fx.Node, form: str) -> None:
     """Spell the result of a matmul as it was, of the operands in their order."""
     (outer,) = matmul.users
+    if is_call(outer, {aten.permute.default}):
+        (outer,) = outer.users
     a, w = (input_of(input_of(matmul, position)) for position in range(2))
     if form == _VECTOR:
         wide = (cast(outer, node, torch.float32) for node in (w, a))

@@ -132,7 +132,7 @@ def test_offsets_beyond_31_bits_are_computed_in_64(tmp_path: Path) -> None:
     assert generated.kernels == ("sparse24_mm_0",)
     (source,) = fake_cuda.cuda_sources(generated.code).values()
     assert "const long long m = row" in source
-    assert "const long long row = (long long)m_tile * BLOCK_M" in source
+    assert "const long long row = (long long)part.m_tile * BLOCK_M" in source
     indices = re.findall(r"epilogue::\w+2\(\w+, (\(?n \+ .*?\)), ", source)
     assert indices
     assert all("4096LL" in index for index in indices), indices
