@@ -24,7 +24,7 @@ class Cleanup:
             SparseError: a site is neither rewritten nor untouched; an internal error.
         """
         graph.lint()
-        context.graph.other_matmuls = len(forward_sites(graph))
+        context.graph.other_matmuls = sum(1 for _ in forward_sites(graph))
         order = {node.meta.get(SITE_KEY): i for i, node in enumerate(graph.nodes)}
         context.graph.decisions.sort(key=lambda d: order.get(d.site, len(order)))
         check_no_half_rewritten_site(graph, context.graph)

@@ -6,6 +6,7 @@ Shape legend: M tokens, K reduction, N output features; a batch B for ``bmm``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -83,10 +84,16 @@ def read_site(node: fx.Node) -> Site | None:
     return Site(node, lhs, rhs, bias, *scales)
 
 
-def forward_sites(graph: fx.Graph) -> list[Site]:
-    """The matmuls of the forward that no rule has decided yet, in graph order."""
-    undecided = (n for n in forward_nodes(graph) if SITE_KEY not in n.meta)
-    return [site for node in undecided if (site := read_site(node)) is not None]
+def forward_sites(graph: fx.Graph) -> Iterator[Site]:
+    """The matmuls of the forward that no rule has decided yet, in graph order.
+
+    Each is read when its turn comes: what was done for one of them may have given the
+    next another operand.
+    """
+    for node in forward_nodes(graph):
+        site = None if SITE_KEY in node.meta else read_site(node)
+        if site is not None:
+            yield site
 
 
 def forward_nodes(graph: fx.Graph) -> list[fx.Node]:

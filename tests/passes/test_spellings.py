@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_within_budget
 from torch import Tensor
-from tracing import calls, rewrite_one, trace
+from tracing import calls, rewrite, rewrite_one, trace
 
 from inductor_sparse.decisions import Status
 
@@ -103,3 +103,19 @@ def test_activation_leaves_the_graph(name: str) -> None:
     fn = linear(IN_KERNEL[name])
     gm, _ = rewrite_one(fn, torch.randn(5, 8).bfloat16(), torch.randn(6, 8).bfloat16())
     assert [op for op in ("relu", "pow", "mul", "where") if calls(gm, op)] == []
+
+
+@pytest.mark.parametrize("name", [*IN_KERNEL, *KEPT, "relu by clamp"])
+def test_two_matmuls_may_read_one_activation(name: str) -> None:
+    spellings = {**IN_KERNEL, **KEPT, "relu by clamp": lambda x: x.clamp(min=0)}
+
+    def two(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        a = spellings[name](x)
+        return F.linear(a, w) + F.linear(a, v)
+
+    inputs = [torch.randn(size) for size in ((5, 8), (6, 8), (6, 8))]
+    gm = trace(two, *inputs)
+    decisions = rewrite(gm, static=[1, 2]).decisions
+    assert [decision.status for decision in decisions] == [Status.APPLIED] * 2
+    assert len(calls(gm, "activation_spmm")) == 2
+    torch.testing.assert_close(gm(*inputs), two(*inputs), rtol=1e-5, atol=1e-5)
