@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fake_cuda import Generated, cuda_sources
+from host_code import host_library
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import permute
@@ -212,16 +212,11 @@ def on_cpu(generated: Generated, folder: Path, *inputs: Tensor) -> list[Tensor]:
 
 
 def _run(generated: Generated, name: str, folder: Path, values: list[object]) -> None:
-    # A library that was loaded stays loaded under its name.
-    path = folder / f"kernel_{len(list(folder.iterdir()))}.cpp"
-    path.write_text(_HOST + cuda_sources(generated.code)[name], encoding="utf-8")
-    library = path.with_suffix(".so")
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o"]
-    subprocess.run([*command, str(library), str(path)], check=True)
+    library = host_library(_HOST + cuda_sources(generated.code)[name], folder)
     arguments = [
         ctypes.c_void_p(value.data_ptr())
         if isinstance(value, Tensor)
         else ctypes.c_longlong(int(value))
         for value in values
     ]
-    ctypes.CDLL(str(library)).small_mm(*arguments)
+    library.small_mm(*arguments)

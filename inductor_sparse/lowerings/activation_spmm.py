@@ -64,13 +64,11 @@ def _product(
         return cexpr_index(kernel.rename_indexing(batches))
 
     name = str(dtype).removeprefix("torch.")
-    inputs = {"Z": z, "W": w}
-    if counters is not None:
-        inputs["C"] = realize_inputs(counters)
     template = SpmmTemplate(
         "activation_spmm",
-        inputs,
+        {"Z": z, "W": w},
         layout,
+        counters,
         activation=activation,
         batches=batches_text,
         stream_reads=profitability.stream_reads(name),

@@ -36,12 +36,11 @@ def tuned_glu_spmm(
     size = [gate.get_size()[0], w_down.get_size()[1]]
     layout = ir.FixedLayout(gate.get_device(), gate.get_dtype(), size)
     names = dict(zip(("G", "X", "Wu", "Wd"), inputs, strict=True))
-    if counters is not None:
-        names["C"] = realize_inputs(counters)
     template = SpmmTemplate(
         "glu_spmm",
         names,
         layout,
+        counters,
         activation=activation,
         reads=profitability.glu_reads(str(gate.get_dtype()).removeprefix("torch.")),
     )

@@ -45,6 +45,9 @@ _DOT_PARTS = {1: 4, 2: 4, 4: 4, 8: 1}
 """Tokens of a program -> its warps, if they use tensor cores.  Warps that share a tile
 would all multiply the same, so each has features of its own, or a program to itself."""
 
+_STAGES = {1: 4, 2: 3, 4: 3, 8: 4}
+"""Tokens of a program -> loads of it that are in flight, if it uses tensor cores."""
+
 
 def choose_up_tile(
     tokens: int | None, D: int, dtype: torch.dtype, *, amd: bool = False
@@ -72,7 +75,7 @@ def choose_up_tile(
         ROWS=16 if dot else 4,
         BD=max(16, min(features, power_of_2(D))),
         PARTS=parts,
-        STAGES=2 if amd else 3 if parts > 1 and block > 1 else 4,
+        STAGES=2 if amd else _STAGES[block] if dot else 4,
         DOT=dot,
         num_warps=warps,
     )

@@ -20,6 +20,7 @@ from torch._inductor.codegen.cpp_template_kernel import (
     CppTemplateKernel,
     parse_expr_with_index_symbols,
 )
+from torch._inductor.select_algorithm import realize_inputs
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 
@@ -34,7 +35,8 @@ WIDTH = "group_cols"
 class SpmmTemplate(CppTemplate):
     """A sparse product ``[M, N]`` whose kernel text is a file in ``templates/cpp``.
 
-    ``inputs`` maps the names used in the template to buffers, in argument order.
+    ``inputs`` maps the names used in the template to buffers, in argument order; behind
+    them come the ``counters``, if there are any, as ``C``.
     ``symbols`` are handed to the template as they are; a callable among them is called
     with the kernel first, because names of sizes exist only while rendering.
     """
@@ -44,8 +46,11 @@ class SpmmTemplate(CppTemplate):
         name: str,
         inputs: dict[str, ir.IRNode],
         layout: ir.Layout,
+        counters: ir.TensorBox | None = None,
         **symbols: Any,
     ) -> None:
+        if counters is not None:
+            inputs = {**inputs, "C": realize_inputs(counters)}
         super().__init__(name, list(inputs.values()), layout, parallel_num_threads())
         self.inputs = inputs
         self.symbols = symbols

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from host_code import host_library
 from torch import Tensor
 
 from inductor_sparse import formats, reference
@@ -179,20 +179,7 @@ def _on_a_cpu(source: str, dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
     text = (
         PRELUDE + _between(source, "constexpr", "// The dynamic") + functions + kernel
     )
-    (folder / "kernel.cpp").write_text(_ASM.sub(_call, text), encoding="utf-8")
-    library = folder / "kernel.so"
-    options = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", "-pthread"]
-    command = [
-        "g++",
-        *options,
-        "-shared",
-        "-fPIC",
-        folder / "kernel.cpp",
-        "-o",
-        library,
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    return host_library(_ASM.sub(_call, text), folder, "-ffp-contract=off")
 
 
 @pytest.mark.parametrize(

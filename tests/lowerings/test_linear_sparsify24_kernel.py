@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from fake_cuda import compile_cuda
+from host_code import host_library
 from torch import Tensor
 
 from inductor_sparse import profitability, reference
@@ -76,14 +76,11 @@ def _select_on_a_cpu(a_MK: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
     source = hopper.kernel_source("k", a_MK.dtype, PLAIN)
     function = re.search(r"DEVICE u32 select\(.*?\n}\n", source, re.S)
     assert function is not None
-    (folder / "select.cpp").write_text(PRELUDE + function[0] + LOOP, encoding="utf-8")
-    library = folder / "select.so"
-    command = ["g++", "-O1", "-shared", "-fPIC", "-o", library, folder / "select.cpp"]
-    subprocess.run(command, check=True)
+    library = host_library(PRELUDE + function[0] + LOOP, folder)
     kept = torch.empty(a_MK.shape[0], a_MK.shape[1] // 2, dtype=a_MK.dtype)
     nibbles = torch.empty(a_MK.shape[0], a_MK.shape[1] // 4, dtype=torch.int32)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a_MK, kept, nibbles)]
-    ctypes.CDLL(str(library)).run(*pointers, nibbles.numel())
+    library.run(*pointers, nibbles.numel())
     return kept, nibbles ^ 15
 
 

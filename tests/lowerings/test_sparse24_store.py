@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from fake_cuda import compile_cuda, cuda_sources, generate
+from host_code import host_library
 from torch import Tensor
 
 from inductor_sparse import formats
@@ -117,17 +117,13 @@ def stored(
     body = source[begin:end].rpartition("\n")[0]
     body = body[: body.rindex("}")]  # of the loop over tiles
     body = re.sub(r"asm volatile\([^;]*;[^;]*\);", ";", body)
-    path = folder / "store.cpp"
-    path.write_text(PRELUDE + constants + KERNEL.format(body=body), encoding="utf-8")
-    library = path.with_suffix(".so")
-    command = ["g++", "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread"]
-    subprocess.run([*command, "-o", str(library), str(path)], check=True)
+    library = host_library(PRELUDE + constants + KERNEL.format(body=body), folder)
     M, N = sums_MN.shape
     out = torch.full((N, M) if transposed else (M, N), -2.0, dtype=torch.float16)
     box = hopper.map_boxes(torch.float16, tile, epilogue)[2]
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (sums_MN, out))
     sizes = (M, N, half, transposed, *box["box"], box["swizzle"])
-    ctypes.CDLL(str(library)).run(*pointers, *map(ctypes.c_int, sizes))
+    library.run(*pointers, *map(ctypes.c_int, sizes))
     assert box["transposed"] == transposed
     return out
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 
 import pytest
 import torch
+from host_code import host_library
 
 from inductor_sparse import templates
 from inductor_sparse.lowerings import sparse24_kernel, tile_model
@@ -56,12 +56,7 @@ def walk(tile: TileConfig, tmp_path_factory: pytest.TempPathFactory) -> ctypes.C
         source[source.index("struct Part {") : source.index("// A thread of a con")],
         WALK,
     )
-    path = tmp_path_factory.mktemp("walk") / "walk.cpp"
-    path.write_text("\n".join(pieces), encoding="utf-8")
-    library = path.with_suffix(".so")
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-o", str(library)]
-    subprocess.run([*command, str(path)], check=True)
-    return ctypes.CDLL(str(library))
+    return host_library("\n".join(pieces), tmp_path_factory.mktemp("walk"))
 
 
 @pytest.mark.parametrize(
