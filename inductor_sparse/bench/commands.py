@@ -401,7 +401,7 @@ def _row_stream(path: str | None, append: bool) -> Iterator[TextIO | None]:
 
 def _kept_rows(arguments: argparse.Namespace) -> list[Row]:
     """The rows that ``--resume`` need not measure again: those of the same method."""
-    from inductor_sparse.bench.rows import PROTOCOL, read_rows
+    from inductor_sparse.bench.rows import is_current, read_rows
 
     if not arguments.resume:
         return []
@@ -409,7 +409,7 @@ def _kept_rows(arguments: argparse.Namespace) -> list[Row]:
         raise SparseOptionError("--resume needs --json FILE, the file to go on with")
     if not Path(arguments.json).exists():
         return []
-    return [row for row in read_rows(arguments.json) if row.get("protocol") == PROTOCOL]
+    return list(filter(is_current, read_rows(arguments.json)))
 
 
 def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:

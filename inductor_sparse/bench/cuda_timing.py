@@ -4,9 +4,9 @@
   guards, wrappers and launches are no part of what is timed, on any side.
 - A call whose weights would stay in the L2 cache is preceded by *reading* another
   buffer.  (Writing one would leave dirty lines, written back during the timed call.)
-- A call that streams its data is repeated for some milliseconds before the next variant
-  has its turn: under load a GPU lowers its clock to keep within its power, to another
-  clock for each variant, and needs about that long to settle.
+- A call that streams its data is repeated before the next variant has its turn, and the
+  end of a turn counts: under load a GPU lowers its clock to keep within its power, to
+  another clock for each variant, and does so some time after what it runs has changed.
 
 Inside an evicting graph the clock is read by event nodes of the graph itself, so the
 start of the graph is not counted.
@@ -24,12 +24,13 @@ import torch
 from inductor_sparse.bench.intervals import median
 from inductor_sparse.errors import SparseError
 
-BLOCK_US = 40_000.0
+TURN_US = 100_000.0
 """How long a variant that streams its data runs before the next has its turn.
 
-On a GPU at its power limit the ratio of two matmuls was the same from here up to each
-alone, and 4 % higher with turns of 12 ms.
+On an H200 at its power limit a matmul kept the clock of the one before for 20 to 60 ms.
 """
+TURNS = 5
+"""Turns of each variant; settled, they differ by less than 1 %."""
 WARMUP_CALLS = 3
 
 Call = Callable[[int], object]
@@ -112,9 +113,10 @@ def interleave(
         calls: variants by name; each gets the index of the input to take.
         seconds: wall-clock budget, without the capture.
         before: run, untimed, before every timed call; without it calls follow each
-            other and each turn lasts about :data:`BLOCK_US`.
+            other and each turn lasts about :data:`TURN_US`.
         rotation: number of rotating inputs.
-        min_rounds: rounds made even when the budget is already spent.
+        min_rounds: rounds made even when the budget is already spent; without
+            ``before`` no more than :data:`TURNS` are.
         max_rounds: rounds after which the budget no longer matters.
 
     Returns:
@@ -125,13 +127,15 @@ def interleave(
     """
     captured = {n: capture(n, call, rotation, before) for n, call in calls.items()}
     replays = {name: _replays(one, before) for name, one in captured.items()}
+    needed = min_rounds if before is not None else min(min_rounds, TURNS)
     times: dict[str, list[float]] = {name: [] for name in calls}
     deadline = time.perf_counter() + seconds
     for round_index in range(max_rounds):
-        if round_index >= min_rounds and time.perf_counter() > deadline:
+        if round_index >= needed and time.perf_counter() > deadline:
             break
+        goes_on = round_index > 0 and len(captured) == 1  # its clock is settled
         for name, one in captured.items():
-            times[name].append(one.sample_us(replays[name]))
+            times[name].append(one.sample_us(1 if goes_on else replays[name]))
     return times
 
 
@@ -148,4 +152,4 @@ def _replays(one: Captured, before: Before | None) -> int:
     """Replays that make a turn: the clock settles before the last, which counts."""
     one.sample_us(1)
     once = one.sample_us(1) * one.calls
-    return 1 if before is not None else max(1, math.ceil(BLOCK_US / max(once, 1.0)))
+    return 1 if before is not None else max(1, math.ceil(TURN_US / max(once, 1.0)))

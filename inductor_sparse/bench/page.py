@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from inductor_sparse.bench.rows import FEW_TOKENS, PROTOCOL, Row, read_rows
+from inductor_sparse.bench.rows import FEW_TOKENS, Row, is_current, read_rows
 
 AXES = (
     *("op", "gated", "activation", "dtype", "quantize", "device", "features", "hidden"),
@@ -253,7 +253,7 @@ def _ffn_type(row: Row) -> str:
 
 
 def _mark(row: Row) -> str:
-    return "" if row["protocol"] == PROTOCOL else MARK
+    return "" if is_current(row) else MARK
 
 
 def _us(us: float) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from inductor_sparse.bench.gemm import Operands
 
 _DEFAULT, _, _AUTOTUNED, _ = SETTINGS
-FINALISTS, FINAL_ROUNDS = 6, 5
+FINALISTS, FINAL_ROUNDS = 6, 2
 PROBE = 128
 Product = Callable[[int], Tensor]
 """Multiplies, whatever the number of the round."""

@@ -27,15 +27,25 @@ COMMIT_VARIABLE = "INDUCTOR_SPARSE_COMMIT"
 FEW_TOKENS = 16
 """Up to here calls are short, may read only a part of their weights, and are judged by
 rates of memory on a GPU."""
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a change of method makes rows incomparable with older ones.
 
 2: one compilation for all data of a shape; errors from rows all over the result.
+3: on a GPU turns in which the clock settles, of 100 instead of 40 ms.
 """
+_SAME_ELSEWHERE = 2
+"""Where no clock has to settle: on a CPU, and where memory is the limit."""
 
 
 class RowFileError(SparseError, ValueError):
     """A file of rows is missing or holds a line that is not a JSON object."""
+
+
+def is_current(row: Row) -> bool:
+    """Whether a row was measured as one would be now, so that both compare."""
+    few = row.get("tokens", FEW_TOKENS + 1) <= FEW_TOKENS
+    elsewhere = row.get("device") != "cuda" or few
+    return row.get("protocol") in (PROTOCOL, _SAME_ELSEWHERE if elsewhere else PROTOCOL)
 
 
 def machine(device: str) -> Row:

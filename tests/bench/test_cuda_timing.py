@@ -36,6 +36,9 @@ def captured(calls: int, *milliseconds: float) -> Captured:
     return Captured(graph, spans, calls)
 
 
+GRAPHS = {"a": captured(1, 6.0), "b": captured(1, 13.0)}
+
+
 @pytest.fixture(autouse=True)
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
@@ -51,23 +54,56 @@ def test_evicted_calls_have_a_span_each() -> None:
 
 def test_a_turn_lasts_until_the_clock_has_settled() -> None:
     one = captured(2, 3.0)
-    assert cuda_timing._replays(one, before=None) == 14
+    assert cuda_timing._replays(one, before=None) == 34
     assert cuda_timing._replays(one, before=lambda: None) == 1
 
 
-def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = {"a": captured(1, 6.0), "b": captured(1, 13.0)}
-    seen: list[Any] = []
+Seen = list[tuple[str, int, Any]]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What was captured, into the graphs of :data:`GRAPHS`."""
+    made: Seen = []
 
     def capture(name: str, call: Any, rotation: int, before: Any) -> Captured:
-        seen.append((name, rotation, before))
-        return graphs[name]
+        made.append((name, rotation, before))
+        return GRAPHS[name]
 
     monkeypatch.setattr(cuda_timing, "capture", capture)
+    for one in GRAPHS.values():
+        monkeypatch.setattr(one.graph, "replays", 0)
+    return made
+
+
+def replays(name: str) -> int:
+    graph: Any = GRAPHS[name].graph
+    return graph.replays
+
+
+def test_variants_take_turns(seen: Seen) -> None:
     times = timing.interleave(
         {"a": print, "b": print}, seconds=0, device="cuda", rotation=3, min_rounds=2
     )
     assert seen == [("a", 3, None), ("b", 3, None)]
     assert times == {"a": [6000.0] * 2, "b": [13000.0] * 2}
-    # Two replays measure the length of a turn: 7 of 6 ms, 4 of 13 ms.
-    assert [graphs[name].graph.replays for name in "ab"] == [2 + 2 * 7, 2 + 2 * 4]
+    # Two replays measure the length of a turn: 17 of 6 ms, 8 of 13 ms.
+    assert [replays(name) for name in "ab"] == [2 + 2 * 17, 2 + 2 * 8]
+
+
+@pytest.mark.usefixtures("seen")
+def test_what_follows_itself_has_settled() -> None:
+    times = timing.interleave({"a": print}, seconds=0, device="cuda", min_rounds=3)
+    assert times == {"a": [6000.0] * 3}
+    assert replays("a") == 2 + 17 + 1 + 1
+
+
+@pytest.mark.usefixtures("seen")
+def test_turns_are_few_where_the_clock_settles() -> None:
+    call = {"a": print, "b": print}
+    settled = timing.interleave(call, seconds=0, device="cuda", min_rounds=9)
+    assert len(settled["a"]) == cuda_timing.TURNS
+    evicted = timing.interleave(
+        call, seconds=0, device="cuda", min_rounds=9, before=lambda: None
+    )
+    assert len(evicted["a"]) == 9

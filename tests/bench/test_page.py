@@ -40,6 +40,7 @@ def gemm_row(data: str, density: float, ratio: float, **more: Any) -> Row:
         "hidden": 16384,
         "features": 4096,
         "dtype": "bfloat16",
+        "device": "cuda",
         "data": data,
         "density": density,
         "ratio": ratio,
@@ -118,7 +119,7 @@ def test_whole_ffns_are_those_with_many_tokens(ffn_row: Row) -> None:
 def test_few_tokens_have_densities_side_by_side(ffn_row: Row) -> None:
     gpu = ffn_row | {"sparse_gb_per_s": 1500.0, "of_copy": 0.35, "dense_us": 40.0}
     gpu |= {"sparse_us": 8.0, "masked_load_us": 32.0}
-    half = gpu | {"density": 0.5, "ratio": 0.98, "protocol": PROTOCOL - 1}
+    half = gpu | {"density": 0.5, "ratio": 0.98, "protocol": 1}
     gpu["dense_candidates_us"] = {"default": 44.0, "max-autotune": 40.0}
     headers, _, line = table("decode", gpu, half, ffn_row | {"tokens": 17})
     assert headers[3:] == [
@@ -132,7 +133,7 @@ def test_few_tokens_have_densities_side_by_side(ffn_row: Row) -> None:
 
 def test_a_page_keeps_all_but_its_tables(tmp_path: Path, ffn_row: Row) -> None:
     packing = {"op": "relu2", "rows": 8, "op_us": 128.3, "gb_per_s": 4185.0}
-    packing |= {"of_copy": 0.99, "protocol": PROTOCOL}
+    packing |= {"of_copy": 0.99, "protocol": PROTOCOL, "device": "cuda"}
     rows = [ffn_row | {"op": "ffn", "tokens": 512, "data": "trained"}, packing]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made = page.filled(PAGE, tmp_path)

@@ -13,6 +13,8 @@ import torch
 
 from inductor_sparse.bench import rows
 from inductor_sparse.bench.rows import (
+    FEW_TOKENS,
+    PROTOCOL,
     RowFileError,
     commit,
     machine,
@@ -116,3 +118,20 @@ def test_commit_of_a_copy_is_told(
     assert machine("cpu")["commit"] == "0123456789ab"
     monkeypatch.setenv("INDUCTOR_SPARSE_COMMIT", "")
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", commit())
+
+
+@pytest.mark.parametrize(
+    "device, tokens, current",
+    [("cpu", 512, True), ("cuda", FEW_TOKENS, True), ("cuda", FEW_TOKENS + 1, False)],
+)
+def test_turns_matter_where_a_clock_settles(
+    device: str, tokens: int, current: bool
+) -> None:
+    row = {"device": device, "tokens": tokens, "protocol": 2}
+    assert rows.is_current(row) is current
+    assert rows.is_current(row | {"protocol": PROTOCOL})
+    assert not rows.is_current(row | {"protocol": 1})
+
+
+def test_packing_names_no_tokens() -> None:
+    assert not rows.is_current({"device": "cuda", "protocol": 2})
