@@ -5,8 +5,9 @@
 - A call whose weights would stay in the L2 cache is preceded by *reading* another
   buffer.  (Writing one would leave dirty lines, written back during the timed call.)
 - A call that streams its data is repeated before the next variant has its turn, and the
-  end of a turn counts: under load a GPU lowers its clock to keep within its power, to
-  another clock for each variant, and does so some time after what it runs has changed.
+  second half of a turn counts: under load a GPU lowers its clock to keep within its
+  power, to another clock for each variant, and does so some time after what it runs has
+  changed.
 
 Inside an evicting graph the clock is read by event nodes of the graph itself, so the
 start of the graph is not counted.
@@ -24,13 +25,15 @@ import torch
 from inductor_sparse.bench.intervals import median
 from inductor_sparse.errors import SparseError
 
-TURN_US = 100_000.0
-"""How long a variant that streams its data runs before the next has its turn.
+SETTLE_US = 60_000.0
+"""How long a variant that streams its data runs before its time counts, and then again.
 
 On an H200 at its power limit a matmul kept the clock of the one before for 20 to 60 ms.
 """
 TURNS = 5
-"""Turns of each variant; settled, they differ by less than 1 %."""
+"""Turns of such a variant, whatever the budget."""
+MAX_REPEATS = 500
+"""In one graph; what is so short does not bring a GPU to its power limit."""
 WARMUP_CALLS = 3
 
 Call = Callable[[int], object]
@@ -43,19 +46,21 @@ class CaptureError(SparseError, RuntimeError):
 
 @dataclasses.dataclass
 class Captured:
-    """The calls of one variant on all rotating inputs, in one CUDA graph.
+    """``calls`` of one variant on its rotating inputs, in one CUDA graph.
 
     ``spans`` are the pairs of events that bracket what is timed: one pair per call if
-    each is evicted before, else one pair around all ``calls``.
+    each is evicted before, else one pair around all of them.  The clock settles in
+    ``settling`` replays.
     """
 
     graph: torch.cuda.CUDAGraph
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]
     calls: int
+    settling: int = 0
 
-    def sample_us(self, replays: int) -> float:
-        """Microseconds per call, the median over spans, of the last of ``replays``."""
-        for _ in range(replays):
+    def sample_us(self, settled: bool = True) -> float:
+        """Microseconds per call, the median over spans, once the clock has settled."""
+        for _ in range(1 if settled else self.settling + 1):
             self.graph.replay()
         torch.cuda.synchronize()
         per_span = self.calls / len(self.spans)
@@ -63,8 +68,12 @@ class Captured:
         return median(times) * 1e3 / per_span
 
 
-def capture(name: str, call: Call, rotation: int, before: Before | None) -> Captured:
+def capture(
+    name: str, call: Call, rotation: int, before: Before | None, repeats: int = 1
+) -> Captured:
     """Warm a variant up on each of ``rotation`` inputs, then capture it.
+
+    Without ``before`` all the inputs have their turn ``repeats`` times.
 
     Raises:
         CaptureError: the variant does something a CUDA graph cannot hold.
@@ -77,7 +86,7 @@ def capture(name: str, call: Call, rotation: int, before: Before | None) -> Capt
     try:
         with torch.cuda.graph(graph):
             if before is None:
-                spans.append(_timed(lambda: [call(i) for i in range(rotation)]))
+                spans.append(_timed(lambda: _repeat(call, rotation, repeats)))
             else:
                 for index in range(rotation):
                     before()
@@ -85,7 +94,24 @@ def capture(name: str, call: Call, rotation: int, before: Before | None) -> Capt
     except RuntimeError as error:
         text = str(error).strip().splitlines()[0]
         raise CaptureError(f"{name} cannot be captured: {text}") from error
-    return Captured(graph, spans, rotation)
+    return Captured(graph, spans, rotation * repeats)
+
+
+def _repeat(call: Call, rotation: int, repeats: int) -> None:
+    for _ in range(repeats):
+        results = [call(index) for index in range(rotation)]
+        del results  # those of the next repetition take their place
+
+
+def _capture_turn(name: str, call: Call, rotation: int) -> Captured:
+    """A graph of half a turn, which settles the clock when it is first replayed."""
+    short = capture(name, call, rotation, None)
+    short.sample_us()
+    once = max(1.0, short.sample_us() * short.calls)
+    repeats = min(math.ceil(SETTLE_US / once), MAX_REPEATS)
+    one = capture(name, call, rotation, None, repeats)
+    one.settling = math.ceil(SETTLE_US / (once * repeats))
+    return one
 
 
 def _timed(body: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -113,7 +139,7 @@ def interleave(
         calls: variants by name; each gets the index of the input to take.
         seconds: wall-clock budget, without the capture.
         before: run, untimed, before every timed call; without it calls follow each
-            other and each turn lasts about :data:`TURN_US`.
+            other, and each turn is twice :data:`SETTLE_US` or longer.
         rotation: number of rotating inputs.
         min_rounds: rounds made even when the budget is already spent; without
             ``before`` no more than :data:`TURNS` are.
@@ -125,17 +151,20 @@ def interleave(
     Raises:
         CaptureError: a variant does something a CUDA graph cannot hold.
     """
-    captured = {n: capture(n, call, rotation, before) for n, call in calls.items()}
-    replays = {name: _replays(one, before) for name, one in captured.items()}
-    needed = min_rounds if before is not None else min(min_rounds, TURNS)
+    if before is None:
+        captured = {n: _capture_turn(n, call, rotation) for n, call in calls.items()}
+        min_rounds = min(min_rounds, TURNS)
+    else:
+        captured = {n: capture(n, call, rotation, before) for n, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     deadline = time.perf_counter() + seconds
     for round_index in range(max_rounds):
-        if round_index >= needed and time.perf_counter() > deadline:
+        if round_index >= min_rounds and time.perf_counter() > deadline:
             break
-        goes_on = round_index > 0 and len(captured) == 1  # its clock is settled
+        # Nothing else had a turn in between.
+        settled = round_index > 0 and len(captured) == 1
         for name, one in captured.items():
-            times[name].append(one.sample_us(1 if goes_on else replays[name]))
+            times[name].append(one.sample_us(settled))
     return times
 
 
@@ -145,11 +174,6 @@ def glance_us(call: Call, repeats: int = 3) -> float:
     Raises:
         CaptureError: the call does something a CUDA graph cannot hold.
     """
-    return capture("a candidate", call, repeats, None).sample_us(replays=2)
-
-
-def _replays(one: Captured, before: Before | None) -> int:
-    """Replays that make a turn: the clock settles before the last, which counts."""
-    one.sample_us(1)
-    once = one.sample_us(1) * one.calls
-    return 1 if before is not None else max(1, math.ceil(TURN_US / max(once, 1.0)))
+    candidate = capture("a candidate", call, repeats, None)
+    candidate.sample_us()
+    return candidate.sample_us()

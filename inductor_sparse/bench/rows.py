@@ -31,7 +31,7 @@ PROTOCOL = 3
 """Raised whenever a change of method makes rows incomparable with older ones.
 
 2: one compilation for all data of a shape; errors from rows all over the result.
-3: on a GPU turns in which the clock settles, of 100 instead of 40 ms.
+3: on a GPU turns in which the clock settles, of 120 instead of 40 ms.
 """
 _SAME_ELSEWHERE = 2
 """Where no clock has to settle: on a CPU, and where memory is the limit."""
