@@ -156,13 +156,17 @@ def interleave(
         min_rounds = min(min_rounds, TURNS)
     else:
         captured = {n: capture(n, call, rotation, before) for n, call in calls.items()}
+    alone = len(captured) == 1
+    if before is None and not alone:
+        # Capturing left the GPU idle: for a while it may exceed its power.
+        for one in captured.values():
+            one.sample_us(settled=False)
     times: dict[str, list[float]] = {name: [] for name in calls}
     deadline = time.perf_counter() + seconds
     for round_index in range(max_rounds):
         if round_index >= min_rounds and time.perf_counter() > deadline:
             break
-        # Nothing else had a turn in between.
-        settled = round_index > 0 and len(captured) == 1
+        settled = alone and round_index > 0  # nothing else had a turn in between
         for name, one in captured.items():
             times[name].append(one.sample_us(settled))
     return times
