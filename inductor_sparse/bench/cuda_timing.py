@@ -33,7 +33,7 @@ On an H200 at its power limit a matmul kept the clock of the one before for 20 t
 TURNS = 5
 """Turns of such a variant, whatever the budget."""
 MAX_REPEATS = 500
-"""In one graph; what is so short does not bring a GPU to its power limit."""
+"""Of all inputs in one graph: those of short kernels stay small."""
 WARMUP_CALLS = 3
 
 Call = Callable[[int], object]
