@@ -21,25 +21,25 @@ from inductor_sparse import ops  # noqa: F401  (registers the ops)
 Function = Callable[..., Any]
 
 OPS = torch.ops.inductor_sparse
-M, K, N = 8192, 16384, 4096
+M, K, N = 2048, 16384, 4096  # takes the tile of 128 x 256
+LARGE_M = 8192  # takes that of 256 x 192
 
 
 def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-VALUES = empty(M, K // 2)
-METADATA = empty(M // 64, K // 64, 128, dtype=torch.int32)
 WEIGHT, BIAS, RESIDUAL = empty(N, K), empty(N), empty(M, N)
 
 
-def fused(fn: Function, *others: Tensor, **options: Any) -> Generated:
+def fused(fn: Function, *others: Tensor, rows: int = M, **options: Any) -> Generated:
     """``fn(product, *others)``, which must be one kernel."""
 
     def call(values: Tensor, metadata: Tensor, weight: Tensor, *rest: Tensor) -> Any:
         return fn(OPS.sparse24_mm(values, metadata, weight.t()), *rest)
 
-    generated = generate(call, VALUES, METADATA, WEIGHT, *others, **options)
+    packed = empty(rows, K // 2), empty(rows // 64, K // 64, 128, dtype=torch.int32)
+    generated = generate(call, *packed, WEIGHT, *others, **options)
     assert len(generated.kernels) == len(generated.cuda_kernels) == 1
     return generated
 
@@ -69,23 +69,39 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return machine_code(fused(lambda y: y), tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize(
-    "fn",
-    [
-        lambda y, bias, residual: F.gelu(y + bias) + residual,
-        lambda y, bias, residual: (F.silu(y + bias), y * residual),
-        lambda y, bias, residual: (y + bias).view(8, 1024, N) + residual.view(8, -1, N),
-        lambda y, bias, residual: (y + bias).float() + residual,
-    ],
-    ids=["gelu", "two-outputs", "three-dimensions", "float32"],
-)
+EPILOGUES: dict[str, Function] = {
+    "gelu": lambda y, bias, residual: F.gelu(y + bias) + residual,
+    "two outputs": lambda y, bias, residual: (F.silu(y + bias), y * residual),
+    "three dimensions": lambda y, bias, residual: (
+        (y + bias).view(8, -1, N) + residual.view(8, -1, N)
+    ),
+    "float32": lambda y, bias, residual: (y + bias).float() + residual,
+}
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
 def test_an_epilogue_costs_no_spills(
-    fn: Function, plain: Compiled, tmp_path: Path
+    name: str, plain: Compiled, tmp_path: Path
 ) -> None:
-    compiled = machine_code(fused(fn, BIAS, RESIDUAL), tmp_path)
+    compiled = machine_code(fused(EPILOGUES[name], BIAS, RESIDUAL), tmp_path)
     assert compiled.local <= plain.local
     assert compiled.registers == plain.registers
     assert "C75" not in compiled.log  # wgmma would be serialised
+
+
+@pytest.mark.parametrize("name", ["gelu", "three dimensions"])
+def test_where_sums_fill_the_registers_only_the_epilogue_spills(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    residual = empty(LARGE_M, N)
+    generated = fused(EPILOGUES[name], BIAS, residual, rows=LARGE_M)
+    names = [one.partition(".")[0] for one in instructions(generated, tmp_path)]
+    products = [at for at, one in enumerate(names) if one.endswith("GMMA")]
+    spilled = [at for at, one in enumerate(names) if one in ("LDL", "STL")]
+    assert not [at for at in spilled if products[0] <= at <= products[-1]]
+    # Once for each tile, beside tens of thousands of cycles of products.
+    assert len(spilled) < 0.06 * len(names)
 
 
 def test_loads_of_a_group_of_columns_start_together(tmp_path: Path) -> None:
