@@ -12,7 +12,13 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from inductor_sparse import _compat, formats, lowerings
-from inductor_sparse.lowerings import candidate_check, sparse24_gemm
+from inductor_sparse.lowerings import (
+    candidate_check,
+    sparse24_gemm,
+    sparse24_kernel,
+    tile_model,
+)
+from inductor_sparse.lowerings.sparse24_kernel import TileConfig
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -110,6 +116,32 @@ def test_bias_gelu_and_residual_in_the_kernel(M: int, N: int) -> None:
     assert launches(code) == 1
     y = product(values, metadata, weight) + bias.double()
     close(result, torch.nn.functional.gelu(y) + residual.double())
+
+
+@pytest.mark.parametrize(
+    "dtype, tile",
+    [
+        (dtype, tile)
+        for dtype in (BF16, E4M3)
+        for tile in sparse24_kernel.configs(dtype)
+    ],
+    ids=str,
+)
+def test_an_epilogue_in_every_tile(
+    dtype: torch.dtype, tile: TileConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_model, "best_tile", lambda *sizes: tile)
+    M, N = 600, 1032
+    values, metadata, weight = operands(M, N, 512, dtype)
+    bias, residual = randn(N), randn(M, N)
+
+    def fn(v: Tensor, m: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return op(v, m, w.t()) + b + r
+
+    result, code = run(fn, values, metadata, weight, bias, residual)
+    assert launches(code) == 1
+    y = product(values, metadata, weight) + bias.double() + residual.double()
+    close(result, y, sum_error(values, metadata, weight))
 
 
 def test_several_outputs_and_three_dimensions() -> None:

@@ -106,10 +106,10 @@ extern "C" void run(const float* sums, u16* out, int M, int N, int half, int tra
 
 
 def stored(
-    tile: TileConfig, transposed: bool, half: bool, sums_MN: Tensor, folder: Path
+    tile: TileConfig, epilogue: Epilogue, half: bool, sums_MN: Tensor, folder: Path
 ) -> Tensor:
     """What the kernel's text makes of the sums, ``[M, N]`` or ``[N, M]``."""
-    epilogue = Epilogue(torch.float16, transposed=transposed)
+    transposed = epilogue.transposed
     source = hopper.kernel_source("k", torch.float16, tile, epilogue)
     constants = "\n".join(re.findall(r"^constexpr int .*", source, re.M))
     begin = source.index("      // ---- epilogue")
@@ -146,8 +146,34 @@ def test_every_element_has_its_place(
 ) -> None:
     M, N = tile.block_m + 72, tile.block_n + 40
     sums_MN = torch.arange(M * N).remainder(2039).float().view(M, N)
-    out = stored(tile, transposed, half, sums_MN, tmp_path)
+    epilogue = Epilogue(torch.float16, transposed=transposed)
+    out = stored(tile, epilogue, half, sums_MN, tmp_path)
     assert torch.equal(out.float(), sums_MN.t() if transposed else sums_MN)
+
+
+@pytest.mark.parametrize(
+    "tile, half",
+    [
+        (TileConfig(), True),
+        (TileConfig(m64=2, block_n=192, store_buffers=1, store_columns=32), False),
+        (TileConfig(m64=2, block_n=192, store_buffers=1, store_columns=32), True),
+    ],
+    ids=str,
+)
+def test_an_epilogue_is_told_where_its_values_lie(
+    tile: TileConfig, half: bool, tmp_path: Path
+) -> None:
+    body = """
+    const float at0 = (m * 31 + n) % 2039, at1 = (m * 31 + n + 1) % 2039;
+    const float value0 = ok0 ? acc0 - at0 : 9.f, value1 = ok1 ? acc1 - at1 : 9.f;
+    """
+    primary = {"primary0": "value0", "primary1": "value1"}
+    epilogue = Epilogue(torch.float16, body=body, **primary)
+    M, N = tile.block_m + 72, tile.block_n + 40
+    places_MN = torch.arange(M)[:, None] * 31 + torch.arange(N)
+    sums_MN = places_MN.remainder(2039).float() + 1
+    out = stored(tile, epilogue, half, sums_MN, tmp_path)
+    assert torch.equal(out, torch.ones(M, N, dtype=torch.float16))
 
 
 M, N, K = 2048, 1024, 4096
