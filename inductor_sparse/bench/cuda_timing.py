@@ -31,7 +31,7 @@ SETTLE_US = 60_000.0
 On an H200 at its power limit a matmul kept the clock of the one before for 20 to 60 ms.
 """
 TURNS = 5
-"""Turns of such a variant, whatever the budget."""
+"""Turns that such a variant has even when the budget is already spent."""
 MAX_REPEATS = 500
 """Of all inputs in one graph: those of short kernels stay small."""
 WARMUP_CALLS = 3

@@ -44,8 +44,9 @@ class RowFileError(SparseError, ValueError):
 def is_current(row: Row) -> bool:
     """Whether a row was measured as one would be now, so that both compare."""
     few = row.get("tokens", FEW_TOKENS + 1) <= FEW_TOKENS
-    elsewhere = row.get("device") != "cuda" or few
-    return row.get("protocol") in (PROTOCOL, _SAME_ELSEWHERE if elsewhere else PROTOCOL)
+    settles = row.get("device") == "cuda" and not few
+    comparable = {PROTOCOL} if settles else {PROTOCOL, _SAME_ELSEWHERE}
+    return row.get("protocol") in comparable
 
 
 def machine(device: str) -> Row:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from spellings import RELU, RELU2, RELU2_KEPT, RELU_KEPT
 from torch import Tensor
 from tracing import rewrite, trace
 
@@ -46,34 +47,15 @@ VIEWS: dict[str, View] = {
 }
 
 
-def zeroed_by_index(x: Tensor) -> Tensor:
-    h = x.clone()
-    h[h <= 0] = 0
-    return h
-
-
-def named_twice(x: Tensor) -> Tensor:
-    r = F.relu(x)
-    return r * r
-
-
 ACTIVATIONS: dict[str, View] = {
-    "relu": F.relu,
-    "clamp": lambda x: x.clamp(min=0),
-    "maximum": lambda x: torch.maximum(torch.zeros_like(x), x),
+    **{f"relu: {name}": act for name, act in (RELU | RELU_KEPT).items()},
+    **{f"relu2: {name}": act for name, act in (RELU2 | RELU2_KEPT).items()},
     "maximum, row-major": lambda x: torch.maximum(torch.zeros(x.shape), x),
-    "where": lambda x: torch.where(x > 0, x, 0),
-    "mask": lambda x: x * (x > 0),
     "masked_fill": lambda x: x.masked_fill(x <= 0, 0),
-    "by index": zeroed_by_index,
     "threshold": lambda x: F.threshold(x, 0.3, 0),
     "hardshrink": lambda x: F.hardshrink(x, 0.5),
     "relu6": F.relu6,
     "relu, shifted": lambda x: F.relu(x - 0.5),
-    "relu2": lambda x: F.relu(x) ** 2,
-    "relu2, twice": named_twice,
-    "relu2, where": lambda x: torch.where(x > 0, x * x, 0),
-    "relu2, clamp": lambda x: x.clamp(min=0).square(),
     "gate": lambda x: F.relu(x) * x.flip(-1),
     "gate, silu": lambda x: F.hardshrink(F.silu(x), 0.3) * x,
     "relu of relu": lambda x: F.relu(F.relu(x)),

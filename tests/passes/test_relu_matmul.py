@@ -8,41 +8,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_within_budget
+from spellings import RELU, RELU_KEPT
 from torch import Tensor
 from tracing import calls, rewrite_one
 
 from inductor_sparse.decisions import Status
 
-SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "clamp": lambda x: x.clamp(min=0),
-    "clamp_min": lambda x: torch.clamp_min(x, 0.0),
-    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
-    "threshold": lambda x: F.threshold(x, 0, 0),
-    "hardtanh": lambda x: F.hardtanh(x, 0, float("inf")),
-    "where": lambda x: torch.where(x < 0, 0, x),
-    "in float32": lambda x: F.relu(x.float()).to(x.dtype),
-}
-KEPT: dict[str, Callable[[Tensor], Tensor]] = {
-    "where(x > 0)": lambda x: torch.where(x > 0, x, 0),
-    "x * (x > 0)": lambda x: x * (x > 0),
-    "scale": lambda x: F.relu(x) * 2,
-}
-
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)], ids=["2d", "3d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*SPELLINGS, *KEPT])
+@pytest.mark.parametrize("name", [*RELU, *RELU_KEPT])
 def test_fires(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
-        return F.linear((SPELLINGS | KEPT)[name](x), w)
+        return F.linear((RELU | RELU_KEPT)[name](x), w)
 
     x, w = torch.randn(shape).to(dtype), torch.randn(6, 8).to(dtype)
     gm, decision = rewrite_one(fn, x, w)
     assert decision.status is Status.APPLIED
     assert (decision.rule, decision.activation) == ("relu_matmul", "relu")
     (spmm,) = calls(gm, "activation_spmm")
-    assert spmm.args[2] == ("relu" if name in SPELLINGS else "identity")
+    assert spmm.args[2] == ("relu" if name in RELU else "identity")
     assert_within_budget(gm(x, w), fn(x, w), fn(x.double(), w.double()))
 
 
