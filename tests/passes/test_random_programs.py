@@ -144,7 +144,7 @@ def strides(x: Tensor) -> list[int]:
     return [step for step, size in steps if size > 1]
 
 
-@settings(max_examples=100)
+@settings(max_examples=150)
 @given(PROGRAMS, st.sampled_from(list(LAYOUTS)), SIZES, st.booleans(), st.integers(0))
 def test_passes_change_neither_values_nor_layouts(
     program: Program, layout: str, size: tuple[int, ...], special: bool, seed: int
