@@ -87,7 +87,7 @@ def sparse(
 def reset() -> None:
     """Forget what was learned at run time; called by ``torch._dynamo.reset()``."""
     adaptation.reset()
-    prepared_weights.forget()
+    prepared_weights.forget(graphs_are_gone=True)
     reset_cudagraphs = getattr(
         torch._TorchCompileInductorWrapper(None, {}, None), "reset", None
     )

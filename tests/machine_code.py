@@ -116,6 +116,42 @@ def compile_cuda(source: str, folder: Path, arch: str = "sm_90a") -> Compiled:
     return dataclasses.replace(made, log=text)
 
 
+def main_loop(folder: Path, columns: int) -> list[str]:
+    """Machine code of the shortest loop that multiplies so many columns at a time.
+
+    Of the kernel that was last compiled into ``folder``.
+    """
+    sass = _disassembled(folder / "kernel.cubin")
+    labels = {
+        found.group(1): at
+        for at, line in enumerate(sass)
+        if (found := re.match(r"\s*(\.L_x_\d+):", line))
+    }
+    product = re.compile(rf"GMMA(\.SP)?\.64x{columns}x")
+    loops = []
+    for end, line in enumerate(sass):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        body = sass[labels.get(target.group(1), end) : end] if target else []
+        if any(map(product.search, body)):
+            loops.append(body)
+    return min(loops, key=len)
+
+
+def spills(sass: list[str]) -> list[str]:
+    """The lines that write registers to local memory or read them back."""
+    return [line for line in sass if "LDL" in line or "STL" in line]
+
+
+def _disassembled(cubin: Path) -> list[str]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    listing = subprocess.run(
+        [tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
+    )
+    return listing.stdout.splitlines()
+
+
 def _checked(answer: tuple[Any, ...]) -> Any:
     from cuda.bindings import nvrtc
 

@@ -15,7 +15,7 @@ the weight has changed.  A change is noticed by
 
 A CUDA graph that is replayed asks for nothing: :mod:`~.watched_weights` looks after the
 copies in it.  For that they keep their address, and outlive their weight until
-:func:`forget`: a graph of Inductor is replayed if another weight lies in its place.
+Inductor's graphs are gone: one is replayed if another weight lies in the same place.
 
 A write through ``.data`` or ``numpy()`` to elements outside the sample only is the one
 thing not noticed: :func:`forget` drops the copies, :func:`inductor_sparse.prepare`
@@ -309,14 +309,19 @@ def nbytes() -> int:
         return sum(copy.nbytes for entry in kept for copy in entry.copies)
 
 
-def forget() -> None:
+def forget(*, graphs_are_gone: bool = False) -> None:
     """Drop every copy; each is made again when it is next needed.
 
-    One that a CUDA graph reads stays where it is as long as its weight lives, because
-    the graph may be its caller's own, and is written again when it is next needed.
+    One that a CUDA graph reads stays where it is, because the graph may be replayed
+    when its weight, or another in the place of that, is next used: it is written again
+    before.
+
+    Args:
+        graphs_are_gone: Inductor's own graphs will never be replayed.  Those of callers
+            may be, but not without their weight: no copy outlives its weight then.
     """
     with _lock:
-        _drop(lambda entry: entry.storage.expired() or not entry.captured)
+        _drop(lambda e: not e.captured or (graphs_are_gone and e.storage.expired()))
         for entries in _entries.values():
             for entry in entries.values():
                 entry.version = UNKNOWN

@@ -25,9 +25,11 @@ QUANTIZED = torch.ops.inductor_sparse.quantized_weight
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    prepared_weights.forget()
+    torch._dynamo.reset()
+    prepared_weights.forget(graphs_are_gone=True)
     yield
-    prepared_weights.forget()
+    torch._dynamo.reset()
+    prepared_weights.forget(graphs_are_gone=True)
 
 
 def parameter(dtype: torch.dtype = torch.bfloat16) -> nn.Parameter:
@@ -130,12 +132,16 @@ def test_a_graph_that_nobody_warmed_up_copies_by_itself() -> None:
     assert prepared_weights.nbytes() == before
 
 
+def relu_ffn() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(1024, 8192, bias=False), nn.ReLU())
+    model.append(nn.Linear(8192, 4096, bias=False))
+    return model.cuda().bfloat16().eval()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["in place", "replaced"])
 def test_reduce_overhead_with_a_changed_weight(change: str) -> None:
-    model = nn.Sequential(nn.Linear(1024, 8192, bias=False), nn.ReLU())
-    model.append(nn.Linear(8192, 4096, bias=False))
-    model = model.cuda().bfloat16().eval()
+    model = relu_ffn()
     run = torch.compile(model, backend="sparse", mode="reduce-overhead")
     x = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
     for _ in range(3):
@@ -147,3 +153,33 @@ def test_reduce_overhead_with_a_changed_weight(change: str) -> None:
             model[2].weight.mul_(-1.5)
         else:
             model[2].weight.data = torch.randn_like(model[2].weight) / 90
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_reduce_overhead_with_a_weight_in_the_place_of_a_dead_one(
+    forgotten: bool,
+) -> None:
+    """Inductor replays the graph that it captured for the dead one."""
+    model, x = relu_ffn(), torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    run = torch.compile(model, backend="sparse", mode="reduce-overhead")
+
+    def check() -> None:
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = run(x).clone()
+            torch.testing.assert_close(got, model(x), rtol=3e-2, atol=3e-2)
+
+    check()
+    other, down = torch.randn_like(model[2].weight) / 90, model[2].weight
+    address = down.data_ptr()
+    down.data = other
+    if forgotten:
+        prepared_weights.forget()
+    kept = [torch.full_like(other, torch.nan)]
+    while kept[-1].data_ptr() != address:
+        assert len(kept) < 64, "the memory of the weight is not handed out again"
+        kept.append(torch.full_like(other, torch.nan))
+    down.data = kept.pop()
+    down.copy_(other * -2)
+    check()

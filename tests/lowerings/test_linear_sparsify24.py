@@ -43,7 +43,7 @@ def _meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @pytest.mark.parametrize("tokens", [(), (2048,)])
 def test_one_kernel_and_its_launch(tokens: tuple[int, ...], tmp_path: Path) -> None:
-    inputs = _meta(2048, 512), _meta(4100, 512), _meta(4100)
+    inputs = _meta(2048, 512), _meta(8196, 512), _meta(8196)
     made = generate(_op(), *inputs, dynamic=tokens)
     assert not made.triton_kernels
     (name,) = made.cuda_kernels
@@ -158,7 +158,10 @@ def test_a_wrapper_that_is_not_python_multiplies_and_packs(
 
 
 def test_the_expected_rate_decides() -> None:
-    assert hopper.best_tile(8192, 16384, H200) == hopper.TileConfig()
+    assert hopper.best_tile(2048, 16384, H200) == hopper.TileConfig()
+    # More tokens are more waves: of the larger tile, too, hardly one is not full.
+    large = hopper.best_tile(8192, 16384, H200)
+    assert large is not None and (large.block_m, large.block_k) == (256, 192)
     # Five blocks of 128 tokens: clusters of two would compute six.
     narrow = hopper.TileConfig(block_k=128, stages=6, cluster=1)
     assert hopper.best_tile(640, 16384, H200) in (None, narrow)

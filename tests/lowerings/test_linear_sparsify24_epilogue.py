@@ -129,12 +129,13 @@ static void one(u32 thread, const float* sums, const float* x_scale,
   const int tiles = rows * columns, first_tile = 0, tile_stride = 1;
   typedef float Accumulator[BLOCK_K / 2];
   {begin}
-      for (int at = 0; at < BLOCK_K / 2; at++) {{
-        const int m = m_tile * 64 + warp * 16 + lane / 4 + at % 4 / 2 * 8;
-        const int k = k_tile * BLOCK_K + at / 4 * 8 + lane % 4 * 2 + at % 2;
-        // Nothing is known of sums past the end of the weight.
-        acc[at] = k >= K ? NAN : m >= M ? 0.f : sums[(long long)m * K + k];
-      }}
+      for (int i = 0; i < M64; i++)
+        for (int at = 0; at < BLOCK_K / 2; at++) {{
+          const int m = (m_tile * M64 + i) * 64 + warp * 16 + lane / 4 + at % 4 / 2 * 8;
+          const int k = k_tile * BLOCK_K + at / 4 * 8 + lane % 4 * 2 + at % 2;
+          // Nothing is known of sums past the end of the weight.
+          acc[i][at] = k >= K ? NAN : m >= M ? 0.f : sums[(long long)m * K + k];
+        }}
   {end}
     }}
 }}
@@ -183,26 +184,34 @@ def _on_a_cpu(source: str, dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "activation", "bias", "block_k"),
+    ("dtype", "activation", "bias", "m64", "block_k"),
     [
-        (E4M3, "relu2", False, 256),
-        (E4M3, "relu", True, 128),
-        (torch.bfloat16, "relu2", True, 256),
-        (torch.float16, "relu2", False, 128),
+        (E4M3, "relu2", False, 1, 256),
+        (E4M3, "relu", True, 2, 192),
+        (E4M3, "relu", True, 1, 128),
+        (torch.bfloat16, "relu2", True, 1, 256),
+        (torch.bfloat16, "relu", False, 2, 192),
+        (torch.float16, "relu2", True, 2, 192),
+        (torch.float16, "relu2", False, 1, 128),
     ],
 )
 def test_the_epilogue_has_the_bits_of_the_reference(
-    dtype: torch.dtype, activation: str, bias: bool, block_k: int, tmp_path: Path
+    dtype: torch.dtype,
+    activation: str,
+    bias: bool,
+    m64: int,
+    block_k: int,
+    tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
-    M, K = 100, 328
-    tile = TileConfig(consumers=1, block_k=block_k, cluster=1)
+    M, K = 164, 328
+    tile = TileConfig(consumers=1, m64=m64, block_k=block_k, cluster=1)
     source = hopper.kernel_source(
         "k", dtype, tile, activation=activation, has_bias=bias
     )
     neuron = torch.bfloat16 if dtype == E4M3 else dtype
     sums = torch.randn(M, K) * 3
-    sums[3, 7], sums[70, 200], sums[99, 327] = torch.nan, torch.inf, -torch.inf
+    sums[3, 7], sums[70, 200], sums[163, 327] = torch.nan, torch.inf, -torch.inf
     scales = torch.rand(M), torch.rand(K) + 0.5, torch.rand(M) ** 8
     scales[0][5:7] = scales[2][8:10] = torch.tensor([torch.nan, torch.inf])
     b = torch.randn(K).to(neuron)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 from pathlib import Path
 
 import fake_cuda
 import pytest
 import torch
+from machine_code import main_loop, spills
 
 from inductor_sparse.lowerings import hopper, sparse24_kernel
 from inductor_sparse.lowerings.sparse24_kernel import TileConfig
@@ -42,33 +42,6 @@ def source(dtype: torch.dtype, order: str, tile: TileConfig) -> str:
     )
 
 
-def disassembled(cubin: Path) -> list[str]:
-    """The lines of a kernel's machine code."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    listing = subprocess.run(
-        [tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
-    )
-    return listing.stdout.splitlines()
-
-
-def main_loop(sass: list[str], columns: int) -> list[str]:
-    """The shortest loop that multiplies so many columns at a time."""
-    labels = {
-        found.group(1): at
-        for at, line in enumerate(sass)
-        if (found := re.match(r"\s*(\.L_x_\d+):", line))
-    }
-    loops = []
-    for end, line in enumerate(sass):
-        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        body = sass[labels.get(target.group(1), end) : end] if target else []
-        if any(f"GMMA.SP.64x{columns}x" in instruction for instruction in body):
-            loops.append(body)
-    return min(loops, key=len)
-
-
 @pytest.mark.parametrize("dtype, order, tile", TILES)
 def test_a_tile_compiles_and_its_instructions_overlap(
     dtype: torch.dtype, order: str, tile: TileConfig, tmp_path: Path
@@ -84,11 +57,10 @@ def test_a_tile_compiles_and_its_instructions_overlap(
     assert compiled.registers <= 168
     assert compiled.local <= 64
     # What is spilled is so outside of the main loop.
-    sass = disassembled(tmp_path / "kernel.cubin")
     for columns in (tile.block_n, tile.block_n // 2)[: 1 + tile.halves]:
-        loop = main_loop(sass, columns)
+        loop = main_loop(tmp_path, columns)
         assert sum("GMMA" in line for line in loop) >= 2
-        assert [line for line in loop if "LDL" in line or "STL" in line] == []
+        assert spills(loop) == []
 
 
 @pytest.mark.parametrize("dtype, order, tile", TILES)

@@ -22,9 +22,9 @@ EIGHT_BITS = ([48, 80], [80, 1], 0, torch.int8)
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    prepared_weights.forget()
+    prepared_weights.forget(graphs_are_gone=True)
     yield
-    prepared_weights.forget()
+    prepared_weights.forget(graphs_are_gone=True)
 
 
 class Dispatched(TorchDispatchMode):

@@ -19,9 +19,9 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         watched_weights, "is_on_gpu", lambda value: isinstance(value, Tensor)
     )
-    prepared_weights.forget()
+    prepared_weights.forget(graphs_are_gone=True)
     yield
-    prepared_weights.forget()
+    prepared_weights.forget(graphs_are_gone=True)
 
 
 class Replayed:
