@@ -42,9 +42,9 @@ class TileConfig:
     """How a CTA tiles the product.
 
     ``consumers`` warpgroups compute ``m64`` blocks of 64 tokens each, all of them
-    ``block_k`` neurons; a ``cluster`` of CTAs, adjacent along M, shares each tile of the
-    weight; ``stages`` tiles are in flight; ``group`` rows of clusters go through the
-    neurons together.
+    ``block_k`` neurons; a ``cluster`` of CTAs, adjacent along M, shares each tile of
+    the weight; ``stages`` tiles are in flight; ``group`` rows of clusters go through
+    the neurons together.
     """
 
     consumers: int = 2
@@ -88,9 +88,9 @@ TILES: dict[TileConfig, float] = {
     TileConfig(block_k=128, stages=6): 0.95,
 }
 """The tiles there are, and their rates relative to the first on an H200 with settled
-clocks (512 to 32768 tokens, 4096 -> 16384 to 8192 -> 28672): the second 1.015 to 1.03 in
-bf16 and e4m3 where all waves are full, and more in others, where power allows it; the
-third 0.92 to 1.01, the more the fewer tokens; the last 0.90 to 0.98."""
+clocks (512 to 32768 tokens, 4096 -> 16384 to 8192 -> 28672): the second 1.015 to 1.03
+where all waves are full, and more where power is left; the third 0.92 to 1.01, the more
+the fewer tokens; the last 0.90 to 0.98."""
 
 PAIR_RATE = 0.93
 """The rate of cuBLAS and the packing behind it in bf16, likewise: 0.89 to 0.97."""

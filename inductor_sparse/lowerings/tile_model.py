@@ -22,19 +22,17 @@ from inductor_sparse.profitability import cuda as model
 _STEP_NS: dict[tuple[int, int, int], tuple[float, float]] = {
     (128, 256, 2): (472.0, 498.0),
     (256, 192, 2): (646.0, 681.0),
-    (256, 128, 2): (474.0, 518.0),
-    (128, 192, 2): (375.0, 395.0),
-    (128, 128, 2): (279.0, 304.0),
-    (128, 128, 1): (353.0, 366.0),
-    (128, 64, 1): (211.0, 215.0),
+    (256, 128, 2): (482.0, 513.0),
+    (128, 192, 2): (372.0, 385.0),
+    (128, 128, 2): (280.0, 290.0),
+    (128, 128, 1): (342.0, 344.0),
+    (128, 64, 1): (213.0, 217.0),
 }
 """(rows, columns, cluster) -> nanoseconds of a step along K, for 16-bit and for 8-bit
-operands: measured on an H200 under steady load, where its power limits the clock; the
-median over products that give every multiprocessor work.  The two largest ran until the
-clock had settled: the second needs less power, so its clock is higher.  In an FFN,
-behind a first matmul and packing, it was the faster for most as well.  The others are
-older figures, by as much higher as the first has become; settled ones, measured since,
-differ by up to 6 % and would choose no better for 46 products that were timed."""
+operands: measured on an H200 under steady load, where its power limits the clock, until
+that had settled; the median over products that give every multiprocessor work.  The
+second needs less power than the first, so its clock is higher.  In an FFN, behind a
+first matmul and packing, it was the faster for most as well."""
 
 _TILE_NS = 1500.0
 """Of each tile, whatever K is: the first stages and the epilogue."""
