@@ -22,3 +22,19 @@ def by_product(h: Tensor) -> Quantized:
     amax = h.abs().amax(dim=-1, keepdim=True).double()
     scale = (LIMIT / amax.clamp(min=1e-12)).float()
     return (h.float() * scale).clamp(-LIMIT, LIMIT).to(FP8), scale.reciprocal()
+
+
+def by_max(h: Tensor) -> Quantized:
+    """scale = max / 448: the activation is never negative."""
+    scale = h.max(dim=-1, keepdim=True)[0].float() / LIMIT
+    return (h / scale).to(FP8), scale
+
+
+def by_torchao(h: Tensor) -> Quantized:
+    """As torchao 0.18 writes it: the scale is of bfloat16, and seen as blocks."""
+    scale = (h.abs().amax(dim=[-1], keepdim=True) / LIMIT).float()
+    q = (h.float() / scale).clamp(min=-LIMIT).clamp(max=LIMIT).to(FP8)
+    return q, scale.unsqueeze(-1).view(scale.shape)
+
+
+WAYS = [by_division, by_product, by_max, by_torchao]

@@ -320,6 +320,11 @@ def unsupported(site: Site) -> Rejection | None:
         return Rejection(
             Reason.UNSUPPORTED_DTYPE, f"{site.dtype}; supported are {supported}"
         )
+    return unsupported_size(site)
+
+
+def unsupported_size(site: Site) -> Rejection | None:
+    """Why no op is defined for this site's shape, or None."""
     M, K, N = site.sizes
     for name, size, least in (
         ("K", K, profitability.MIN_SIZE),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from inductor_sparse import profitability
-from inductor_sparse._compat import has_cpp_wrapper
+from inductor_sparse._compat import has_cpp_wrapper, size_hint
 from inductor_sparse.decisions import Reason
 from inductor_sparse.passes.fx_utils import VIEWS, is_call, tensor_of
 from inductor_sparse.passes.sites import MATMULS, Rejection, Site
@@ -44,6 +44,13 @@ def kernel_obstacle(
         if missing:
             return Rejection(Reason.NO_KERNEL_YET, f"{op} cannot run: {missing}")
     return None
+
+
+def data_obstacle(site: Site) -> Rejection | None:
+    """Why nothing can be said of a site's size, or None."""
+    if all(size_hint(size) is not None for size in site.sizes):
+        return None
+    return Rejection(Reason.UNSUPPORTED_SHAPE, "a size depends on data")
 
 
 def batch_obstacle(site: Site) -> Rejection | None:

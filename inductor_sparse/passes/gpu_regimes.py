@@ -18,6 +18,7 @@ from inductor_sparse.decisions import Decision, Reason
 from inductor_sparse.passes.choice import OBSERVED_TOO_DENSE, Choice, Regime
 from inductor_sparse.passes.gpu_obstacles import (
     batch_obstacle,
+    data_obstacle,
     graph_obstacle,
     kernel_obstacle,
     layout_obstacle,
@@ -122,8 +123,9 @@ def choose_on_gpu(
     rule: Rule, site: Site, decision: Decision, context: PassContext
 ) -> Choice | Rejection:
     """The regime of a site on a GPU, or why it stays dense."""
-    if any(size_hint(size) is None for size in site.sizes):
-        return Rejection(Reason.UNSUPPORTED_SHAPE, "a size depends on data")
+    unknown = data_obstacle(site)
+    if unknown is not None:
+        return unknown
     wanted = context.option("activation_format")
     obstacles: Obstacles = {}
     if wanted != "2:4":

@@ -25,6 +25,7 @@ from inductor_sparse.passes.base import (
     close_applied,
     close_dense,
     open_decision,
+    unsupported_size,
 )
 from inductor_sparse.passes.choice import Regime
 from inductor_sparse.passes.emit import packable_input, shared_call
@@ -32,9 +33,11 @@ from inductor_sparse.passes.fx_utils import (
     aten,
     input_of,
     insert_call,
+    is_call,
     tensor_of,
 )
 from inductor_sparse.passes.gpu_obstacles import (
+    data_obstacle,
     graph_obstacle,
     kernel_obstacle,
     layout_obstacle,
@@ -127,6 +130,8 @@ class ScaledMatmul(Rule):
             return Rejection(Reason.NO_KERNEL_YET, why)
         found = (
             too_dense(decision, context)
+            or data_obstacle(site)
+            or unsupported_size(site)
             or _look_alike(site)
             or graph_obstacle(context)
             or layout_obstacle(site)
@@ -136,7 +141,8 @@ class ScaledMatmul(Rule):
         ops = ("sparsify24_quantized", "sparse24_mm")
         dtype = str(_FP8).removeprefix("torch.")
         obstacle = kernel_obstacle(ops, dtype, decision.arch, context)
-        packing = Packing(dtype, dtype, True, context.cuda_graphs)
+        replaces = _replaces_activation(site)
+        packing = Packing(dtype, dtype, replaces, context.cuda_graphs)
         choice = choose(site, decision, {Regime.PACK: obstacle}, packing, context)
         if isinstance(choice, Rejection):
             return choice
@@ -197,6 +203,30 @@ def _wrong_scales(site: Site, quantized: QuantizedOperand) -> Rejection | None:
         return Rejection(Reason.NO_KERNEL_YET, "the weight is scaled in blocks")
     wrong = scale_obstacle(input_of(site.matmul, 2), quantized)
     return None if wrong is None else Rejection(Reason.NO_KERNEL_YET, wrong)
+
+
+def _replaces_activation(site: Site) -> bool:
+    """Whether packing takes the place of all that computes the quantized operand.
+
+    It does not if something besides 8-bit products reads the activation, its scales, or
+    what it is quantized to.
+    """
+    quantized = read_quantized(site.lhs)
+    assert isinstance(quantized, QuantizedOperand)
+    operands = {site.lhs, input_of(site.matmul, 2)}
+    inside, todo = {quantized.h, *operands}, list(operands)
+    while todo:
+        new = set(todo.pop().all_input_nodes) - inside
+        inside |= new
+        todo += new
+    reached, todo = {quantized.h}, [quantized.h]
+    while todo:
+        readers = {user for user in todo.pop().users if not is_call(user, {_TARGET})}
+        if not readers <= inside:
+            return False
+        todo += readers - reached
+        reached |= readers
+    return True
 
 
 def _column_scale(site: Site) -> fx.Node:

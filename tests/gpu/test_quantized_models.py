@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from row_quantization import Quantized, by_division, by_product
+from row_quantization import WAYS, Quantized, by_division
 from torch import Tensor, nn
 
 from inductor_sparse import decisions
@@ -57,7 +57,7 @@ def activation() -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantize", [by_division, by_product])
+@pytest.mark.parametrize("quantize", WAYS)
 def test_the_second_matmul_is_packed(quantize: Callable[[Tensor], Quantized]) -> None:
     torch.manual_seed(0)
     module, x = Down(quantize), activation()

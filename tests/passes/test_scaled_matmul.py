@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import cuda_sources, generate
-from row_quantization import FP8, LIMIT, Quantized, by_division, by_product
+from row_quantization import (
+    FP8,
+    LIMIT,
+    WAYS,
+    Quantized,
+    by_division,
+    by_product,
+)
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
@@ -17,18 +24,6 @@ from inductor_sparse import profitability
 from inductor_sparse.decisions import Decision, Reason, Status, Tier
 
 M, K, N = 4096, 16384, 8192
-
-
-def by_max(h: Tensor) -> Quantized:
-    scale = h.max(dim=-1, keepdim=True)[0].float() / LIMIT
-    return (h / scale).to(FP8), scale
-
-
-def by_torchao(h: Tensor) -> Quantized:
-    """As torchao 0.18 writes it: the scale is of bfloat16, and seen as blocks."""
-    scale = (h.abs().amax(dim=[-1], keepdim=True) / LIMIT).float()
-    q = (h.float() / scale).clamp(min=-LIMIT).clamp(max=LIMIT).to(FP8)
-    return q, scale.unsqueeze(-1).view(scale.shape)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -67,7 +62,7 @@ def run(
     return gm, rewrite(gm, static=[1, 2], **context).decisions
 
 
-@pytest.mark.parametrize("quantize", [by_division, by_product, by_max, by_torchao])
+@pytest.mark.parametrize("quantize", WAYS)
 @pytest.mark.parametrize("act", [relu2, F.relu])
 @pytest.mark.parametrize("shape", [(M, K), (2, M // 2, K)], ids=["2d", "3d"])
 def test_quantized_by_rows(
@@ -346,7 +341,7 @@ def test_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error < 0.05
 
 
-@pytest.mark.parametrize("quantize", [by_division, by_product, by_max, by_torchao])
+@pytest.mark.parametrize("quantize", WAYS)
 def test_it_is_lowered(quantize: Callable[[Tensor], Quantized]) -> None:
     x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
     w = torch.empty(N, K, dtype=FP8, device="meta")
