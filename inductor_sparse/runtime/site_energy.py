@@ -4,9 +4,9 @@ The kernels that select two of four add the squares of what they keep, and of
 everything, to a small tensor of their site.  :func:`site_energy` hands it out: one per
 site and device of each compiled graph and each model that runs it, for the life of the
 process, because a captured CUDA graph goes on writing to it.  Nothing here waits for
-the device: after its first call a site is copied to the host in the background, and the
-copy is looked at when a later call finds it there.  A site that drops too much is then
-reported once.
+the device: behind its first call a site is copied to the host in the background, and
+the copy is looked at when a later call finds it there.  A site that drops too much is
+then reported once, as is one of which nothing can be said.
 """
 
 from __future__ import annotations
@@ -202,17 +202,22 @@ def observed(
     """
     models = _Models(limit, example_inputs)
 
-    @functools.wraps(compiled)
-    def call(*args: Any) -> Any:
+    def look() -> None:
         for state in tuple(_unsettled):
             _look(state)
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        look()
         model = models.called(args)
         model.calls += 1
         outer, _current.model = _current.model, model
         try:
-            return compiled(*args)
+            result = compiled(*args)
         finally:
             _current.model = outer
+        look()
+        return result
 
     return call
 
@@ -239,6 +244,12 @@ def _look(state: _Site) -> None:
 
 def _judge(energy: Energy, limit: float) -> None:
     dropped = energy.dropped
+    if not math.isfinite(energy.total):
+        log.warning(
+            "%s: what 2:4 drops of its activation cannot be measured: that holds NaN, "
+            "Inf, or values whose squares overflow",
+            energy.site,
+        )
     if dropped is None or dropped <= limit:
         return
     log.warning(

@@ -155,7 +155,7 @@ def test_energy(rows: int, quantized: torch.dtype | None) -> None:
         all_kept / all_total, rel=1e-5 if rows < 256 else 1e-2
     )
     share = total / all_total
-    # Of many tiles, or rows, every 32nd is summed.
+    # Of many tiles, or rows, one of 32 is summed.
     assert share == pytest.approx(1.0, rel=1e-5) if rows < 256 else 0.02 < share < 0.05
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import Interpreter
 
-from inductor_sparse import formats, ops, reference
+from inductor_sparse import formats, ops, reference, templates
 from inductor_sparse.runtime import sparsify24_cuda
 
 pytest.importorskip("triton")
@@ -136,10 +139,11 @@ def test_energy(interpreter: Interpreter) -> None:
 
 @pytest.mark.parametrize(
     ("tiles", "programs", "summed"),
-    [((255, 1), 3, 3), ((256, 1), 33, 2), ((8, 32), 33, 1)],
+    # Of the second 32 rows of tiles the one that is summed is number 23.
+    [((255, 1), 3, 3), ((256, 1), 55, 1), ((256, 1), 56, 2), ((8, 32), 33, 1)],
     ids=str,
 )
-def test_of_256_tiles_every_32nd_is_summed(
+def test_of_256_tiles_one_of_32_is_summed(
     interpreter: Interpreter, tiles: tuple[int, int], programs: int, summed: int
 ) -> None:
     x = torch.ones(64 * tiles[0], 64 * tiles[1], dtype=torch.bfloat16)
@@ -305,14 +309,29 @@ def test_more_than_16_rows_and_their_energy(
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_of_a_large_matrix_every_32nd_row_is_summed(
+def test_of_a_large_matrix_one_row_of_32_is_summed(
     interpreter: Interpreter, whole: bool
 ) -> None:
     x, way = small_integers(1024, 64), ("identity", "largest_abs")
     energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
     plan = sparsify24_cuda.RowPlan(whole, 64, 1)
     left = quantize(interpreter, x, way, torch.int8, plan, energy, blocks=1)
-    assert tuple(left[3].sum(0).tolist()) == energies(x[[0, 32]], way)
+    assert tuple(left[3].sum(0).tolist()) == energies(x[[0, 32 + 23]], way)
+
+
+@pytest.mark.parametrize("length", [32, 64, 96, 512, 1000, 2048, 4096])
+def test_no_place_of_a_sequence_is_summed_more_often(length: int) -> None:
+    """The text itself, as Python: integers are all that it works on."""
+    text = templates.load("triton/select24.py.jinja")
+    function = text[text.index("def scattered") :].partition("\n\n")[0]
+    names: dict[str, Any] = {"tl": types.SimpleNamespace(constexpr=int)}
+    exec(function, names)
+    rows = [row for row in range(2**18) if names["scattered"](row, 32) % 32 == 0]
+    assert len(rows) == 2**18 // 32
+    met = collections.Counter(row % length for row in rows)
+    evenly = 2**18 / length / 32
+    assert max(met.values()) < 1.3 * evenly + 2
+    assert abs(met[0] - evenly) <= 0.1 * evenly + 1
 
 
 def test_the_kernels_know_the_constants_of_the_reference() -> None:

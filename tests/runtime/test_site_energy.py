@@ -97,6 +97,26 @@ def test_a_graph_looks_after_its_sites(said: Callable[[], list[str]]) -> None:
     assert site_energy.read()[0].calls == 4
 
 
+def test_the_second_call_tells_of_the_first(said: Callable[[], list[str]]) -> None:
+    graph = site_energy.observed(lambda: kernel(DOWN, 80, 100), limit=0.1)
+    graph()
+    assert said() == []
+    graph()
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf])
+def test_a_site_of_which_nothing_can_be_said_is_named_once(
+    total: float, said: Callable[[], list[str]]
+) -> None:
+    graph = site_energy.observed(lambda: kernel(DOWN, total, total), limit=0.1)
+    for _ in range(4):
+        graph()
+    (message,) = said()
+    assert message.startswith(f"{DOWN}: what 2:4 drops of its activation cannot be")
+    assert "NaN, Inf, or values whose squares overflow" in message
+
+
 def test_graphs_with_the_same_site_are_judged_apart(
     said: Callable[[], list[str]],
 ) -> None:
