@@ -42,6 +42,9 @@ _SUM_TOLERANCE = 2.0**-8
 
 _LAST_RESORT_MS = 1e9
 
+_SHORT = ("out of memory", "out_of_memory", "alloc_failed", "insufficient_resources")
+"""How libraries say, in an error of another class, that they got no memory."""
+
 _PROCESS = uuid.uuid4().hex
 _failed: set[str] = set()
 """Candidates that failed in this process, other than by a lack of memory."""
@@ -79,6 +82,17 @@ class Oracle(abc.ABC):
         return f"{key}-{_PROCESS}" if name in _failed else key
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, is about a lack of memory."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).lower()
+        if isinstance(cause, torch.OutOfMemoryError) or any(s in text for s in _SHORT):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def checked_time(
     name: str,
     oracle: Oracle,
@@ -114,12 +128,16 @@ def checked_time(
             allowed,
         )
     except Exception as problem:  # whatever it is, the candidate is out of the race
-        if isinstance(problem, torch.OutOfMemoryError):
+        if is_out_of_memory(problem):
             oracle.short_of_memory = True
         else:
             _failed.add(name)
         summary = str(problem).strip().partition("\n")[0]
-        log.warning("autotuning rejects %s: %s", name, summary)
+        sizes = ", ".join(str(list(x.shape)) for x in inputs)
+        log.warning(
+            "autotuning rejects %s for operands %s: %s; another kernel takes its place",
+            *(name, sizes, summary),
+        )
     return _LAST_RESORT_MS if last_resort else math.inf
 
 

@@ -23,6 +23,7 @@ from torch._inductor.virtualized import V
 
 from inductor_sparse import _compat, formats
 from inductor_sparse.lowerings import (
+    candidate_check,
     common,
     hopper,
     linear_sparsify24_choices,
@@ -307,8 +308,10 @@ def _measured(call: Call) -> linear_sparsify24_choices.Candidate | None:
                 call.layout,
                 return_multi_template=False,
             )
-    except torch.OutOfMemoryError:
-        return None
+    except Exception as error:
+        if candidate_check.is_out_of_memory(error):
+            return None
+        raise
     return None if oracle.short_of_memory and not oracle.timed else won[-1]
 
 

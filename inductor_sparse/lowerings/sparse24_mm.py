@@ -27,6 +27,7 @@ from torch._inductor.virtualized import V
 
 from inductor_sparse import _compat, config, profitability, reference
 from inductor_sparse.lowerings import (
+    candidate_check,
     common,
     hopper,
     sparse24_choices,
@@ -188,9 +189,9 @@ def _weight(w: ir.TensorBox) -> tuple[ir.IRNode, str]:
 
 def _own(product: Product) -> ir.TensorBox:
     """Our kernel, or what autotuning finds faster."""
-    if hopper.is_measured(product.operands):
-        return _autotuned(product, _node_maker(product))
     stored = dataclasses.replace(product, transposed=_is_stored_transposed(product))
+    if hopper.is_measured(product.operands):
+        return _autotuned(product, _node_maker(stored))
     return _node_maker(stored)(_best_tile(product))
 
 
@@ -221,7 +222,10 @@ def _best_tile(product: Product) -> TileConfig:
 def _autotuned(
     product: Product, node: Callable[[TileConfig], ir.TensorBox]
 ) -> ir.TensorBox:
-    """The fastest candidate whose result is right."""
+    """The fastest candidate whose result is right.
+
+    They are measured as they store ``[M, N]``, whatever ``node`` makes of the fastest.
+    """
     oracle = sparse24_choices.Oracle(product.scales)
     choices: list[ir.ChoiceCaller] = [
         sparse24_choices.TileCaller(
@@ -247,7 +251,9 @@ def _autotuned(
                 input_gen_fns=sparse24_choices.input_generators(product.K),
                 return_multi_template=False,
             )
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not candidate_check.is_out_of_memory(error):
+            raise
         oracle.short_of_memory = True
     if oracle.short_of_memory and not oracle.timed:
         log.warning(

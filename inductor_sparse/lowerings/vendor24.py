@@ -273,16 +273,16 @@ def cutlass(
 ) -> Tensor:
     """Multiply with ``torch._sparse_semi_structured_mm``; arguments as above.
 
-    Ask :func:`cutlass_refusal` first; only the devices of
-    :data:`CUTLASS_CAPABILITIES` have the kernel.
+    Ask :func:`cutlass_refusal` first; only some devices have the kernel.  In 8 bits it
+    takes nothing but columns of ``w`` that are contiguous.
     """
     M, S = values.shape
     rows = metadata.shape[0] * BLOCK
     values = torch.nn.functional.pad(values, (0, 0, 0, rows - M))
     if w.shape[0] != 2 * S:
-        w = torch.nn.functional.pad(w, (0, 0, 0, 2 * S - w.shape[0]))
-    if 1 not in w.stride():
-        w = w.contiguous()
+        w = torch.nn.functional.pad(w.t(), (0, 2 * S - w.shape[0])).t()
+    if 1 not in w.stride() or (w.itemsize == 1 and w.stride(0) != 1):
+        w = w.t().contiguous().t()
     words = cutlass_metadata(metadata, values.dtype)
     wide = torch.int32 if values.dtype == torch.int8 else None
     product = torch._sparse_semi_structured_mm(values, words, w, out_dtype=wide)

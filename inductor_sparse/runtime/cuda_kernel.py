@@ -254,7 +254,7 @@ class CudaKernel:
 
     def _from_cache_or_compiler(self) -> bytes:
         options = nvrtc.options(self.arch, self.options)
-        key = cubin_cache.key(self.source, options, nvrtc.version())
+        key = cubin_cache.key(self.source, options, nvrtc.build())
         cubin = cubin_cache.load(key)
         if cubin is None:
             binary = nvrtc.compile_source(

@@ -6,8 +6,9 @@ the installed wheels; both come with a CUDA build of torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
+import importlib.metadata
 from typing import Any, NamedTuple
 
 from inductor_sparse.errors import SparseKernelError
@@ -18,6 +19,8 @@ ARCH = "sm_90a"
 because ``wgmma`` exists on this one architecture only."""
 
 BASE_OPTIONS = ("-std=c++17", "-default-device")
+
+_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 _MIN_VERSION = (12, 2)
 """The first that knows ``wgmma.mma_async.sp``."""
@@ -81,6 +84,20 @@ def version() -> str:
     """
     _, major, minor = _require().nvrtcVersion()
     return f"{major}.{minor}"
+
+
+@functools.cache
+def build() -> str:
+    """The version with that of the installed package, which names the patch release.
+
+    Raises:
+        SparseKernelError: there is no compiler.
+    """
+    found = [version()]
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
 
 
 def options(arch: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:

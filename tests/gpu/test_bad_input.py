@@ -336,8 +336,8 @@ def test_weights_changed_between_calls(mode: str | None, log: DecisionLog) -> No
     assert set(outcomes(log)) == {"sparse24_mm"}
 
 
-def test_a_damaged_and_a_read_only_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_cache_and_one_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(cubin_cache.VARIABLE, str(tmp_path))
     z = tokens(M, K)
@@ -353,6 +353,11 @@ def test_a_damaged_and_a_read_only_cache(
             torch.ops.inductor_sparse.sparse24_mm(values, metadata, weight.t())
         )
         assert len(list(tmp_path.iterdir())) == 1
+    (entry,) = tmp_path.iterdir()
+    monkeypatch.setenv(cubin_cache.VARIABLE, str(entry / "below a file"))
+    sparse24_gemm.plain_kernel.cache_clear()
+    results.append(torch.ops.inductor_sparse.sparse24_mm(values, metadata, weight.t()))
+    assert cubin_cache.VARIABLE in caplog.text
     close(results[0], packed(z) @ weight.double().t())
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for result in results[1:]:
+        assert torch.equal(results[0], result)

@@ -161,6 +161,7 @@ def test_a_wrong_result_takes_forever(
     "problem",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore"),
+        RuntimeError("cublasCreate(handle): CUBLAS_STATUS_ALLOC_FAILED"),
         ValueError("no such tile"),
     ],
 )
@@ -171,11 +172,25 @@ def test_a_failing_candidate_takes_forever(
         raise problem
 
     took, oracle = race(fail)
-    short = isinstance(problem, torch.OutOfMemoryError)
+    short = not isinstance(problem, ValueError)
     assert (took, oracle.timed, oracle.short_of_memory) == (math.inf, 0, short)
     first_line = str(problem).partition("\n")[0]
-    assert caplog.messages == [f"autotuning rejects number 1: {first_line}"]
+    assert caplog.messages == [
+        f"autotuning rejects number 1 for operands [8]: {first_line}; another kernel "
+        "takes its place"
+    ]
     assert 1e6 < race(fail, last_resort=True)[0] < math.inf
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_lack_of_memory_may_be_the_cause_of_another_error(short: bool) -> None:
+    try:
+        try:
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY" if short else "CUDA_ERROR_X")
+        except RuntimeError as cause:
+            raise ValueError("the module cannot be loaded") from cause
+    except ValueError as error:
+        assert check.is_out_of_memory(error) is short
 
 
 def test_what_fails_only_when_it_is_timed_is_out(

@@ -269,6 +269,6 @@ def test_a_candidate_that_is_wrong_or_fails_takes_forever(
     assert "is off by nan of the largest value" in caplog.messages[-1]
     assert _milliseconds(tile, inputs, fail) == math.inf
     assert caplog.messages[-1].startswith("autotuning rejects ")
-    assert caplog.messages[-1].endswith(": CUDA out of memory")
+    assert "out of memory; another kernel" in caplog.messages[-1]
     # The pair needs no measuring to be right.
     assert 1e6 < _milliseconds(None, inputs, fail) < math.inf

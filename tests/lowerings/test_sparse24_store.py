@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from inductor_sparse import formats
 from inductor_sparse.lowerings import sparse24_kernel as hopper
+from inductor_sparse.lowerings import sparse24_mm
 from inductor_sparse.lowerings.sparse24_kernel import Epilogue, TileConfig
 
 PRELUDE = """
@@ -194,6 +196,21 @@ def operands(
     metadata = empty(*formats.metadata_shape(rows, K), dtype=torch.int32)
     values = empty(*formats.values_shape(rows, K), dtype=dtype)
     return values, metadata, empty(N, K, dtype=dtype)
+
+
+@pytest.mark.parametrize("tile", [-1, 0], ids=["dense", "ours"])
+def test_autotuning_may_store_transposed_as_well(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def select(name: str, choices: list[Any], *rest: Any, **how: Any) -> Any:
+        return choices[tile].output_node()
+
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    monkeypatch.setattr(sparse24_mm, "autotune_select_algorithm", select)
+    generated = generate(product, *operands(), inductor={"max_autotune_gemm": True})
+    assert len(generated.kernels) == 1
+    stored = "stmatrix.sync.aligned.m8n8.x4.trans" in generated.code
+    assert stored is bool(generated.cuda_kernels) is (tile == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)

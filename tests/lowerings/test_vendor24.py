@@ -109,7 +109,8 @@ def test_cutlass_is_given_whole_blocks(
 ) -> None:
     def multiply(values: Tensor, words: Tensor, w: Tensor, out_dtype: Any) -> Tensor:
         assert values.shape[0] % 64 == w.shape[0] % 64 == 0
-        assert 1 in w.stride()
+        # Of 8 bits it has a kernel for contiguous columns only.
+        assert w.t().is_contiguous() or (dtype != torch.int8 and w.is_contiguous())
         dense = sparse_semi_structured_to_dense_cutlass(values, words)
         return (dense.double() @ w.double()).to(out_dtype or dtype)
 

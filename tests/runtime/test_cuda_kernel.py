@@ -62,7 +62,7 @@ class Machine:
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(cuda_driver, name, fake)
-        monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+        monkeypatch.setattr(nvrtc, "build", lambda: "13.0")
         monkeypatch.setattr(nvrtc, "compile_source", self.compile)
 
     def compile(self, name: str, *rest: Any) -> nvrtc.Binary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,31 @@ def test_a_rejected_source_is_shown() -> None:
     text = str(caught.value)
     assert f"NVRTC {nvrtc.version()} does not compile wrong for sm_90a" in text
     assert 'wrong.cu(1): error: identifier "y" is undefined' in text
+
+
+@needs_compiler
+def test_a_patch_release_is_another_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"nvidia-cuda-nvrtc": "13.0.88"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = []
+    for patch in ("13.0.88", "13.0.96"):
+        installed["nvidia-cuda-nvrtc"] = patch
+        nvrtc.build.cache_clear()
+        found.append(nvrtc.build())
+    installed.clear()
+    nvrtc.build.cache_clear()
+    assert nvrtc.build() == nvrtc.version()
+    nvrtc.build.cache_clear()
+    assert found == [
+        f"{nvrtc.version()}, nvidia-cuda-nvrtc {patch}"
+        for patch in ("13.0.88", "13.0.96")
+    ]
 
 
 @needs_compiler
