@@ -44,7 +44,9 @@ def fields(case: ModelCase, model: Model, inputs: Sequence[Tensor], row: Row) ->
     tokens = inputs[0].shape[0]
     if tokens > FEW_TOKENS:  # bound by arithmetic
         flop = 2 * tokens * case.features * case.hidden * case.matrices
-        return ceiling.fields() | _rates("tflop_per_s", flop / 1e6, row)
+        reached = _rates("tflop_per_s", flop / 1e6, row)
+        share = reached["sparse_tflop_per_s"] / ceiling.matmul_tflop_per_s
+        return ceiling.fields() | reached | {"of_ceiling": share}
     union = sum(union_density(model, x) for x in inputs) / len(inputs)
     dense, needed = weight_bytes(case, union)
     rates = {

@@ -68,6 +68,7 @@ def test_many_tokens_are_held_against_arithmetic(
     flop = 2 * 32 * 64 * 512 * 2
     assert row["sparse_tflop_per_s"] == pytest.approx(flop / 1e6)
     assert row["dense_tflop_per_s"] == pytest.approx(flop / 2e6)
+    assert row["of_ceiling"] == pytest.approx(flop / 1e6 / 0.5)
     assert "needed_bytes" not in row
 
 
