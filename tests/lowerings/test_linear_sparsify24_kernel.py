@@ -47,10 +47,14 @@ extern "C" void run(const u32* groups, u32* kept, u32* nibbles, int count) {
 """
 
 
-@pytest.mark.parametrize("tile", hopper.TILES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "bias"), [(torch.bfloat16, False), (torch.float16, True)]
-)
+# Of both types of 16 bits, and with a bias, the two tiles with the most sums.
+COMPILED = [
+    *((tile, torch.bfloat16, False) for tile in hopper.TILES),
+    *((tile, torch.float16, True) for tile in list(hopper.TILES)[:2]),
+]
+
+
+@pytest.mark.parametrize("tile, dtype, bias", COMPILED, ids=str)
 def test_its_main_loop_spills_nothing_and_lanes_exchange_nothing(
     tile: TileConfig, dtype: torch.dtype, bias: bool, tmp_path: Path
 ) -> None:
@@ -62,6 +66,8 @@ def test_its_main_loop_spills_nothing_and_lanes_exchange_nothing(
     assert made.local <= (8 if tile.m64 > 1 else 0)
     assert "C7510" not in made.log and "serializ" not in made.log
     assert f"m64n{tile.block_k}k16" in made.ptx
+    # In the loop one group of products stays in flight; behind it none does.
+    assert re.findall(r"wgmma.wait_group.sync.aligned (\d)", made.ptx) == ["1", "0"]
     assert "shfl" not in made.ptx
     assert tile.shared_bytes <= hopper.SHARED_BYTES
 

@@ -51,8 +51,9 @@ def _op(activation: str = "relu2") -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("tile", hopper.TILES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "tile, bias", [(PLAIN, False), *((tile, True) for tile in hopper.TILES)], ids=str
+)
 def test_its_main_loop_spills_nothing_and_it_stores_whole_vectors(
     tile: TileConfig, bias: bool, tmp_path: Path
 ) -> None:

@@ -20,10 +20,10 @@ TILES = [
     pytest.param(dtype, order, tile, id=f"{dtype}-{order}-{tile}")
     for dtype, order, count in (
         (BF16, "k", 99),
-        (BF16, "n", 99),
+        (BF16, "n", 3),
         (torch.float16, "k", 1),
         (E4M3, "k", 99),
-        (torch.int8, "k", 99),
+        (torch.int8, "k", 3),
     )
     for tile in sparse24_kernel.configs(dtype, order)[:count]
 ]
@@ -43,7 +43,7 @@ def source(dtype: torch.dtype, order: str, tile: TileConfig) -> str:
 
 
 @pytest.mark.parametrize("dtype, order, tile", TILES)
-def test_a_tile_compiles_and_its_instructions_overlap(
+def test_a_tile_compiles_and_nothing_waits_or_spills_in_its_main_loop(
     dtype: torch.dtype, order: str, tile: TileConfig, tmp_path: Path
 ) -> None:
     text = source(dtype, order, tile)
