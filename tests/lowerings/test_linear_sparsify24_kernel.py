@@ -66,8 +66,9 @@ def test_its_main_loop_spills_nothing_and_lanes_exchange_nothing(
     assert made.local <= (8 if tile.m64 > 1 else 0)
     assert "C7510" not in made.log and "serializ" not in made.log
     assert f"m64n{tile.block_k}k16" in made.ptx
-    # In the loop one group of products stays in flight; behind it none does.
-    assert re.findall(r"wgmma.wait_group.sync.aligned (\d)", made.ptx) == ["1", "0"]
+    # One group of products stays in flight in the loop, unrolled or not; none after.
+    *inside, behind = re.findall(r"wgmma.wait_group.sync.aligned (\d)", made.ptx)
+    assert (set(inside), behind) == ({"1"}, "0")
     assert "shfl" not in made.ptx
     assert tile.shared_bytes <= hopper.SHARED_BYTES
 
