@@ -73,17 +73,9 @@ def _load(name: str, source: str, folder: Path) -> Any:
 
 
 def _from_cubin(cubin: bytes, ptx: str, shared: int, folder: Path) -> Compiled:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    said = subprocess.run(
-        [tools / "cuobjdump", "--dump-resource-usage", path],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    said = run_tool("cuobjdump", "--dump-resource-usage", path)
     used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", said)}
     local = used["STACK"] + used["LOCAL"]
     return Compiled(used["REG"], local, max(shared, used["SHARED"]), ptx, said)
@@ -121,7 +113,7 @@ def main_loop(folder: Path, columns: int) -> list[str]:
 
     Of the kernel that was last compiled into ``folder``.
     """
-    sass = _disassembled(folder / "kernel.cubin")
+    sass = run_tool("nvdisasm", "-c", folder / "kernel.cubin").splitlines()
     labels = {
         found.group(1): at
         for at, line in enumerate(sass)
@@ -142,14 +134,15 @@ def spills(sass: list[str]) -> list[str]:
     return [line for line in sass if "LDL" in line or "STL" in line]
 
 
-def _disassembled(cubin: Path) -> list[str]:
+def run_tool(name: str, *arguments: str | Path) -> str:
+    """What one of the tools that Triton brings along has to say."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    listing = subprocess.run(
-        [tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run(
+        [tool, *arguments], check=True, capture_output=True, text=True
     )
-    return listing.stdout.splitlines()
+    return done.stdout
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

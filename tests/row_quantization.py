@@ -1,8 +1,12 @@
-"""Activations in e4m3 with a scale for each row, as libraries write it."""
+"""Activations in e4m3 with a scale for each row, and their products."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
@@ -38,3 +42,23 @@ def by_torchao(h: Tensor) -> Quantized:
 
 
 WAYS = [by_division, by_product, by_max, by_torchao]
+
+
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x) ** 2
+
+
+def product(q: Tensor, s: Tensor, w: Tensor, t: Tensor, **options: Any) -> Tensor:
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True, **options}
+    rows = s.flatten(0, -2) if s.ndim else s
+    out = torch._scaled_mm(q.flatten(0, -2), w.t(), rows, t, **options)
+    return out.unflatten(0, q.shape[:-1])
+
+
+def layer(
+    quantize: Callable[[Tensor], Quantized], act: Callable[[Tensor], Tensor] = relu2
+) -> Callable[..., Tensor]:
+    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return product(*quantize(act(x)), w, t)
+
+    return fn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from fake_cuda import Compiled, Generated, compile_cuda, cuda_sources, generate
+from machine_code import run_tool
 from torch import Tensor
 
 from inductor_sparse import ops  # noqa: F401  (registers the ops)
@@ -52,13 +51,7 @@ def machine_code(generated: Generated, folder: Path) -> Compiled:
 def instructions(generated: Generated, folder: Path) -> list[str]:
     """Names of the machine instructions of the one kernel, in order."""
     machine_code(generated, folder)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    listing = subprocess.run(
-        [tool, "-sass", folder / "kernel.cubin"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    listing = run_tool("cuobjdump", "-sass", folder / "kernel.cubin")
     return re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\d+ +)?([A-Z][\w.]*)", listing)
 
 

@@ -16,6 +16,9 @@ from row_quantization import (
     Quantized,
     by_division,
     by_product,
+    layer,
+    product,
+    relu2,
 )
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
@@ -24,26 +27,6 @@ from inductor_sparse import profitability
 from inductor_sparse.decisions import Decision, Reason, Status, Tier
 
 M, K, N = 4096, 16384, 8192
-
-
-def relu2(x: Tensor) -> Tensor:
-    return F.relu(x) ** 2
-
-
-def product(q: Tensor, s: Tensor, w: Tensor, t: Tensor, **options: Any) -> Tensor:
-    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True, **options}
-    rows = s.flatten(0, -2) if s.ndim else s
-    out = torch._scaled_mm(q.flatten(0, -2), w.t(), rows, t, **options)
-    return out.unflatten(0, q.shape[:-1])
-
-
-def layer(
-    quantize: Callable[[Tensor], Quantized], act: Callable[[Tensor], Tensor] = relu2
-) -> Callable[..., Tensor]:
-    def fn(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return product(*quantize(act(x)), w, t)
-
-    return fn
 
 
 def run(

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from row_quantization import FP8, WAYS, Quantized, by_division
+from row_quantization import (
+    FP8,
+    WAYS,
+    Quantized,
+    by_division,
+    layer,
+    product,
+    relu2,
+)
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
@@ -18,16 +26,7 @@ K = 16384
 Function = Callable[..., Any]
 
 
-def relu2(x: Tensor) -> Tensor:
-    return torch.relu(x) ** 2
-
-
-def product(q: Tensor, s: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    return torch._scaled_mm(q, w.t(), s, t, out_dtype=torch.bfloat16)
-
-
-def layer(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    return product(*by_division(relu2(x)), w, t)
+PLAIN = layer(by_division)
 
 
 def run(
@@ -81,7 +80,7 @@ def test_two_products_of_one_quantized_activation_replace_it() -> None:
 
 @pytest.mark.parametrize("wanted", ["auto", "2:4"])
 def test_no_tokens(wanted: str) -> None:
-    gm, decision = run(layer, 0, 8192, activation_format=wanted)
+    gm, decision = run(PLAIN, 0, 8192, activation_format=wanted)
     assert decision.reason is Reason.UNSUPPORTED_SHAPE
     assert decision.detail == "M is 0"
     assert len(calls(gm, "_scaled_mm")) == 1
@@ -89,14 +88,14 @@ def test_no_tokens(wanted: str) -> None:
 
 @pytest.mark.parametrize("M", [1, 77])
 def test_any_number_of_tokens_can_be_packed(M: int) -> None:
-    _, decision = run(layer, M, 8192, activation_format="2:4")
+    _, decision = run(PLAIN, M, 8192, activation_format="2:4")
     assert decision.status is Status.APPLIED
-    assert run(layer, M, 8192)[1].reason is Reason.NOT_PROFITABLE
+    assert run(PLAIN, M, 8192)[1].reason is Reason.NOT_PROFITABLE
 
 
 def test_sizes_that_depend_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_obstacles, "size_hint", lambda size: None)
-    gm, decision = run(layer, 4096, 8192, activation_format="2:4")
+    gm, decision = run(PLAIN, 4096, 8192, activation_format="2:4")
     assert decision.reason is Reason.UNSUPPORTED_SHAPE
     assert decision.detail == "a size depends on data"
     assert len(calls(gm, "_scaled_mm")) == 1
