@@ -15,12 +15,12 @@ from inductor_sparse.errors import SparseShapeError
 
 SCHEMAS: dict[str, str] = {
     "sparsify24": (
-        "(Tensor x, str activation, str select, Tensor? energy=None) "
-        "-> (Tensor, Tensor)"
+        "(Tensor x, str activation, str select, Tensor? energy=None, "
+        "Tensor? up=None) -> (Tensor, Tensor)"
     ),
     "sparsify24_quantized": (
         "(Tensor x, str activation, str select, ScalarType dtype, "
-        "Tensor? energy=None) -> (Tensor, Tensor, Tensor)"
+        "Tensor? energy=None, Tensor? up=None) -> (Tensor, Tensor, Tensor)"
     ),
     "linear_sparsify24": (
         "(Tensor x, Tensor w1, Tensor? bias, str activation, str select, "
@@ -66,9 +66,13 @@ def check_energy(op: str, energy: Tensor | None) -> None:
 
 
 def sparsify24(
-    x: Tensor, activation: str, select: str, energy: Tensor | None = None
+    x: Tensor,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Select two of every four values of ``act(x)`` and pack them.
+    """Select two of every four values of ``act(x)``, or ``act(x) * up``; pack them.
 
     The selection is that of :func:`inductor_sparse.reference.sparsify24`, the result
     the ``(values, metadata)`` of :mod:`inductor_sparse.formats`.
@@ -79,12 +83,13 @@ def sparsify24(
         select: as there.
         energy: from ``site_energy``: a kernel for a device adds to it, the eager
             definition sums nothing.
+        up: as there.
 
     Raises:
         SparseShapeError: not 2-D, dtype not supported, or an unknown name.
     """
     check_energy("sparsify24", energy)
-    values, index = reference.sparsify24(x, activation, select)
+    values, index = reference.sparsify24(x, activation, select, up)
     return values, formats.pack_index(index, x.dtype)
 
 
@@ -94,11 +99,12 @@ def sparsify24_quantized(
     select: str,
     dtype: torch.dtype,
     energy: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select two of every four values of ``act(x)``, quantize them by rows, and pack.
 
     See :func:`inductor_sparse.reference.sparsify24_quantized` for the meaning, and
-    :func:`sparsify24` for ``energy``.
+    :func:`sparsify24` for ``energy`` and ``up``.
 
     Returns:
         ``(values [M, S] of dtype, metadata, row_scale [M] float32)``.
@@ -108,7 +114,7 @@ def sparsify24_quantized(
     """
     check_energy("sparsify24_quantized", energy)
     values, index, row_scale = reference.sparsify24_quantized(
-        x, activation, select, dtype
+        x, activation, select, dtype, up
     )
     return values, formats.pack_index(index, dtype), row_scale
 
@@ -205,10 +211,14 @@ def _new_packed(
 
 
 def _fake_sparsify24(
-    x: Tensor, activation: str, select: str, energy: Tensor | None = None
+    x: Tensor,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_energy("sparsify24", energy)
-    reference.check_sparsify24(x, activation, select)
+    reference.check_sparsify24(x, activation, select, up)
     rows, features = x.shape
     return _new_packed(x, rows, features, x.dtype)
 
@@ -219,9 +229,10 @@ def _fake_sparsify24_quantized(
     select: str,
     dtype: torch.dtype,
     energy: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_energy("sparsify24_quantized", energy)
-    reference.check_sparsify24_quantized(x, activation, select, dtype)
+    reference.check_sparsify24_quantized(x, activation, select, dtype, up)
     rows, features = x.shape
     row_scale = x.new_empty(rows, dtype=torch.float32)
     return *_new_packed(x, rows, features, dtype), row_scale

@@ -38,7 +38,9 @@ def sample(name: str) -> tuple[Any, ...]:
     w1, bias = randn(66, 70, dtype=BF16), randn(66, dtype=BF16)
     return {
         "sparsify24": (x, "relu2", "largest", energy()),
+        "sparsify24 gated": (x, "relu2", "largest_abs", None, x + 1),
         "sparsify24_quantized e4m3": (x, "relu", "largest", E4M3),
+        "sparsify24_quantized gated": (x, "relu", "largest_abs", INT8, energy(), x - 1),
         "sparsify24_quantized int8": (x, "identity", "largest_abs", INT8, energy()),
         "linear_sparsify24": (x, w1, None, "relu2", "largest"),
         "linear_sparsify24 bias": (x, w1, bias, "relu", "largest", energy()),
@@ -50,6 +52,8 @@ def sample(name: str) -> tuple[Any, ...]:
 
 CASES = (
     "sparsify24",
+    "sparsify24 gated",
+    "sparsify24_quantized gated",
     "sparsify24_quantized e4m3",
     "sparsify24_quantized int8",
     "linear_sparsify24",
@@ -104,6 +108,20 @@ def test_a_linear_layer_is_packed_as_two_ops_would() -> None:
     expected = sparse.sparsify24(z, *way)
     assert torch.equal(values, expected[0])
     assert torch.equal(metadata, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_a_gate_is_multiplied_as_eager_would(
+    activation: str, dtype: torch.dtype
+) -> None:
+    x, up = randn(9, 70, dtype=dtype), randn(70, 9, dtype=dtype).t()
+    product = reference.activation(x, activation) * up
+    for quantized in ((), (INT8,)):
+        op = sparse.sparsify24_quantized if quantized else sparse.sparsify24
+        found = op(x, activation, "largest_abs", *quantized, up=up)
+        expected = op(product, "identity", "largest_abs", *quantized)
+        assert all(map(torch.equal, found, expected))
 
 
 def test_quantized_metadata_has_the_layout_of_8_bits() -> None:
@@ -167,6 +185,16 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
         "sparsify24",
         (X, "relu", "largest", torch.zeros(2, dtype=torch.float64)),
         "energy has shape (2,), expected [256, 2]",
+    ),
+    (
+        "sparsify24",
+        (X, "relu", "largest_abs", None, X[:1]),
+        "up has shape (1, 4), expected [2, 4]",
+    ),
+    (
+        "sparsify24_quantized",
+        (X, "relu", "largest_abs", INT8, None, X.bfloat16()),
+        "dtypes differ (x torch.float32, up torch.bfloat16)",
     ),
     (
         "linear_sparsify24",

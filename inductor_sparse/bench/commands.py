@@ -88,6 +88,11 @@ def _add_ffn(kinds: Any) -> None:
         help="run both sides in 8 bits, the dense one with torch's own 8-bit matmuls",
     )
     ffn.add_argument(
+        "--quantized-model",
+        action="store_true",
+        help="quantize the model before the sparse side gets it: fp8 only",
+    )
+    ffn.add_argument(
         "--calibrate",
         action="store_true",
         help="give the sparse side a plan made from the inputs of the row",
@@ -426,6 +431,8 @@ def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:
         raise SparseOptionError(
             "--gated leaves nothing to measure: `down` is never gated"
         )
+    if arguments.quantized_model and arguments.quantize != "fp8":
+        raise SparseOptionError("--quantized-model needs --quantize fp8")
     axes = (arguments.dtype, _sizes(arguments), arguments.data, kinds)
     for dtype, (features, hidden), data, (op, gated) in itertools.product(*axes):
         yield ModelCase(
@@ -439,4 +446,5 @@ def _model_cases(arguments: argparse.Namespace) -> Iterator[ModelCase]:
             data=data,
             quantize=arguments.quantize,
             calibrated=arguments.calibrate,
+            quantized_model=arguments.quantized_model,
         )

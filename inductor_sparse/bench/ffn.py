@@ -206,7 +206,7 @@ class _Bench:
 
     def _forms(self, backend: str) -> dict[str, nn.Module]:
         """What one side may compile, by a prefix for the names of the settings."""
-        if backend == "sparse":
+        if backend == "sparse" and not self.case.quantized_model:
             return {"": self._whole(self.models)}
         narrow = [quantized(model, self.case.quantize) for model in self.models]
         forms = {"": self._whole(narrow)}
@@ -226,7 +226,7 @@ class _Bench:
         options = dict(self.sweep.options)
         if self.case.device == "cuda":
             options["sparse.cuda_graphs"] = True
-        if self.case.quantize != "none":
+        if self.case.quantize != "none" and not self.case.quantized_model:
             options["sparse.quantize"] = self.case.quantize
         if self.case.calibrated:
             # Overwritten by every row: a plan is read while its graph is compiled.

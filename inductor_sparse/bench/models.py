@@ -117,7 +117,8 @@ class ModelCase:
 
     ``op`` is of :data:`OPS`, ``dtype`` of :data:`DTYPES`, ``data`` of :data:`DATA`;
     ``quantize`` is a value of ``sparse.quantize``; a ``calibrated`` case is compiled
-    with a plan of its own inputs.
+    with a plan of its own inputs.  The sparse side of a ``quantized_model`` is given
+    the model that the dense side has, its matmuls in 8 bits already.
     """
 
     op: str
@@ -130,6 +131,7 @@ class ModelCase:
     data: str = "random"
     quantize: str = "none"
     calibrated: bool = False
+    quantized_model: bool = False
 
     @property
     def weight_bytes(self) -> int:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest finite value of each 8-bit type."""
+_SMALLEST = 2.0**-100
+"""What a row is taken to hold at least: one of zeros has a scale, too."""
 QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """The 8-bit type that each value of ``sparse.quantize`` means."""
 
@@ -37,11 +39,11 @@ def quantize_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         dtype: of :data:`LARGEST`.
 
     Returns:
-        ``[M, K]`` in ``dtype`` and ``[M]`` float32; the scale of a row of zeros is 1.
+        ``[M, K]`` in ``dtype`` and ``[M]`` float32, above zero for a row of zeros.
     """
     largest = LARGEST[dtype]
     amax_M = x_MK.abs().amax(dim=1).float()
-    scale_M = torch.where(amax_M > 0, amax_M / largest, 1.0)
+    scale_M = amax_M.clamp(min=_SMALLEST) / largest
     scaled = (x_MK.float() / scale_M[:, None]).clamp(-largest, largest)
     if dtype is torch.int8:
         scaled = scaled.round()

@@ -26,6 +26,7 @@ from torch.utils._sympy.functions import CeilDiv
 from inductor_sparse import formats, templates
 from inductor_sparse.lowerings import activation_spmm_cuda, common, hopper
 from inductor_sparse.runtime import sparsify24_cuda
+from inductor_sparse.runtime.sparsify24_cuda import Selection
 
 SPARSIFY24 = common.op("sparsify24")
 QUANTIZED = common.op("sparsify24_quantized")
@@ -54,11 +55,16 @@ QUANTIZED_TEMPLATE = _template(
 
 
 def tuned_sparsify24(
-    x: ir.TensorBox, activation: str, select: str, energy: ir.TensorBox | None = None
+    x: ir.TensorBox,
+    activation: str,
+    select: str,
+    energy: ir.TensorBox | None = None,
+    up: ir.TensorBox | None = None,
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     """Lower ``sparsify24``: ``(values [M, S], metadata [R, C, 128])``."""
     if not _can_generate(x):
-        return common.fallback(SPARSIFY24)(x, activation, select, energy)
+        return common.fallback(SPARSIFY24)(x, activation, select, energy, up)
+    selection = Selection(activation, select, up is not None)
     M, K = x.get_size()
     values = _empty(_values_shape(M, K), x.get_dtype(), x)
     columns = _known(K)
@@ -68,11 +74,12 @@ def tuned_sparsify24(
         ir.FixedLayout(x.get_device(), torch.int32, _metadata_shape(M, K)),
         x,
         [values],
-        energy,
+        [up, energy],
         EVEN_K=columns is not None and columns % block == 0,
         BLOCK_K=block,
         num_warps=sparsify24_cuda.NUM_WARPS,
-        **sparsify24_cuda.activation_constants(activation, select),
+        HAS_ENERGY=energy is not None,
+        **selection.constants(),
     )
     return values, metadata
 
@@ -83,10 +90,12 @@ def tuned_sparsify24_quantized(
     select: str,
     dtype: torch.dtype,
     energy: ir.TensorBox | None = None,
+    up: ir.TensorBox | None = None,
 ) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]:
     """Lower ``sparsify24_quantized``: ``(values, metadata, row_scale [M])``."""
     if not _can_generate(x, dtype):
-        return common.fallback(QUANTIZED)(x, activation, select, dtype, energy)
+        return common.fallback(QUANTIZED)(x, activation, select, dtype, energy, up)
+    selection = Selection(activation, select, up is not None)
     M, K = x.get_size()
     values = _empty(_values_shape(M, K), dtype, x)
     metadata = _empty(_metadata_shape(M, K), torch.int32, x)
@@ -101,16 +110,15 @@ def tuned_sparsify24_quantized(
         ir.FixedLayout(x.get_device(), torch.float32, [rows]),
         x,
         [values, metadata],
-        energy,
+        [up, energy],
         FLOAT8=dtype == torch.float8_e4m3fn,
-        PAIRED=sparsify24_cuda.is_paired(
-            x.get_dtype(), activation, select, even=_has_even_rows(x)
-        ),
+        PAIRED=selection.is_paired(x.get_dtype(), even=_has_even_rows(x)),
         EVEN_K=columns is not None and columns % plan.block_k == 0,
         WHOLE=plan.whole,
         BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
-        **sparsify24_cuda.activation_constants(activation, select),
+        HAS_ENERGY=energy is not None,
+        **selection.constants(),
     )
     return values, metadata, lowerings[common.aten.slice.Tensor](row_scale, 0, 0, M)
 
@@ -120,22 +128,21 @@ def _run(
     layout: ir.FixedLayout,
     x: ir.TensorBox,
     results: list[ir.TensorBox],
-    energy: ir.TensorBox | None,
+    optional: list[ir.TensorBox | None],
     **constants: Any,
 ) -> ir.TensorBox:
-    """The output of ``template`` called on ``x``, what it writes, and the energies."""
-    written = realize_inputs(*results, x)
-    *buffers, source = written
-    inputs = [source, *buffers]
-    if energy is not None:
-        # Not among the mutated: what the runtime keeps is added to, not replaced.
-        inputs.append(realize_inputs(energy))
+    """The output of ``template`` called on ``x``, what it writes, and more inputs.
+
+    Energies are none of the mutated: what the runtime keeps is added to, not replaced.
+    """
+    given = [one for one in optional if one is not None]
+    written = realize_inputs(*results, x, *given)
+    buffers, others = written[: len(results)], written[len(results) :]
     return activation_spmm_cuda.choose(
         template,
-        inputs,
+        [others[0], *buffers, *others[1:]],
         layout,
         mutated_inputs=buffers,
-        HAS_ENERGY=energy is not None,
         num_stages=1,
         **constants,
     )

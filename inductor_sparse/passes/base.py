@@ -19,11 +19,7 @@ from inductor_sparse import config, profitability
 from inductor_sparse._compat import size_hint, uses_cuda_graphs
 from inductor_sparse.decisions import Decision, GraphDecisions, Reason, Status, Tier
 from inductor_sparse.passes.choice import Choice, Regime
-from inductor_sparse.passes.emit import (
-    emit_activation_spmm,
-    emit_sparse24,
-    scaled_and_shifted,
-)
+from inductor_sparse.passes.emit import emit_activation_spmm, scaled_and_shifted
 from inductor_sparse.passes.fx_utils import (
     module_path,
     op_name,
@@ -31,6 +27,7 @@ from inductor_sparse.passes.fx_utils import (
     source_line,
     tensor_of,
 )
+from inductor_sparse.passes.packing import emit_sparse24
 from inductor_sparse.passes.producers import Family, Producer
 from inductor_sparse.passes.quantized_ffn import (
     emit_quantized_ffn,
@@ -208,7 +205,7 @@ class Rule(abc.ABC):
                 )
                 return emit_sparse24(site, fuse=fuse)
             ffn = chosen.quantized
-            decision.weight_copy_bytes = quantized_bytes(ffn.w1, ffn.w2)
+            decision.weight_copy_bytes = ffn.weight_bytes
             return emit_quantized_ffn(site, ffn)
         if chosen.rows is not None:
             decision.tier = Tier.APPROXIMATE

@@ -306,9 +306,9 @@ def insert_call(
     node.meta.update(
         {key: meta for key, meta in before.meta.items() if key not in _NOT_INHERITED}
     )
-    values = plain_value(args)
+    values, named = plain_value(args), plain_value(kwargs or {})
     with torch._guards.detect_fake_mode(values) or nullcontext():
-        node.meta["val"] = target(*values, **(kwargs or {}))
+        node.meta["val"] = target(*values, **named)
     return node
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from inductor_sparse import profitability
 from inductor_sparse._compat import has_cpp_wrapper, size_hint
 from inductor_sparse.decisions import Reason
-from inductor_sparse.passes.fx_utils import VIEWS, is_call, tensor_of
-from inductor_sparse.passes.sites import MATMULS, Rejection, Site
+from inductor_sparse.passes.fx_utils import tensor_of
+from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.passes.toolchains import missing_package
 
 if TYPE_CHECKING:
@@ -143,21 +143,3 @@ def _memory_detail(weight: Tensor) -> str | None:
             f"multiples of 16 bytes, {step} elements"
         )
     return None
-
-
-def replaces_activation(site: Site) -> bool:
-    """Whether a pack takes the place of the kernel that writes the activation.
-
-    It does not if something besides matmuls reads the dense activation as well.
-    """
-    producer = site.producer
-    if producer is None or producer.z is None:
-        return False
-    readers = set(producer.node.users)
-    while readers:
-        node = readers.pop()
-        if is_call(node, VIEWS):
-            readers |= set(node.users)
-        elif not is_call(node, MATMULS):
-            return False
-    return True

@@ -23,7 +23,6 @@ from inductor_sparse.passes.gpu_obstacles import (
     kernel_obstacle,
     layout_obstacle,
     order_obstacle,
-    replaces_activation,
     wrapper_obstacle,
 )
 from inductor_sparse.passes.gpu_skipping import (
@@ -33,6 +32,7 @@ from inductor_sparse.passes.gpu_skipping import (
     last,
     read_skipping,
 )
+from inductor_sparse.passes.packing import is_gated, replaces_activation
 from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
 from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.profitability import cuda, has_kernel
@@ -51,13 +51,15 @@ class Packing:
     ``dtype`` is that of the packed operand; ``from_dtype`` that of the dense product it
     is compared with; ``quantized`` is set where both matmuls of the FFN would run in 8
     bits, and ``note`` says why they do not although that was asked for.  ``graphs``:
-    kernels are launched by CUDA graphs.
+    kernels are launched by CUDA graphs; ``gated``: packing multiplies a gate by its
+    factor.
     """
 
     dtype: str
     from_dtype: str
     replaces_activation: bool
     graphs: bool = False
+    gated: bool = False
     quantized: QuantizedFfn | None = None
     note: str = ""
 
@@ -71,6 +73,7 @@ class Packing:
             pack_dtype=self.dtype,
             replaces_activation=self.replaces_activation,
             graphs=self.graphs,
+            gated=self.gated,
         )
 
     def min_tokens(self, K: int, N: int) -> int | None:
@@ -82,6 +85,7 @@ class Packing:
             pack_dtype=self.dtype,
             replaces_activation=self.replaces_activation,
             graphs=self.graphs,
+            gated=self.gated,
         )
 
 
@@ -135,7 +139,8 @@ def choose_on_gpu(
             or kernel_obstacle((rule.op,), site.dtype, decision.arch, context)
         )
     dense = replaces_activation(site)
-    packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs)
+    how = context.cuda_graphs, is_gated(site)
+    packing = Packing(site.dtype, site.dtype, dense, *how)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, found = _packing(rule, site, packing, context)
         unmeasured = None if wanted == "2:4" else order_obstacle(site)

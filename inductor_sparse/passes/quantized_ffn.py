@@ -1,4 +1,4 @@
-"""Both matmuls of a ReLU or ReLU² FFN in 8 bits, the second one packed 2:4.
+"""All matmuls of a ReLU or ReLU² FFN in 8 bits, the last one packed 2:4.
 
 ``mm(act(mm(x, w1)), w2)`` becomes, with weights quantized once and kept,
 
@@ -6,6 +6,8 @@
 - ``z = _scaled_mm(x8, w1_8, sx, s1)`` in fp8, ``_int_mm`` and its scales in int8
 - ``values, metadata, sz = sparsify24_quantized(z, act)``
 - ``sparse24_mm(values, metadata, w2_8, sz, s2)``
+
+A gated FFN has a second ``z``, by which ``act(z)`` is multiplied as it is packed.
 
 Each row of an activation and each output feature of a weight has its own scale.  If it
 may be predicted instead of taken from the largest value of ``act(z)``, the first matmul
@@ -33,11 +35,7 @@ from torch import Tensor, fx
 from inductor_sparse import reference
 from inductor_sparse._compat import decide
 from inductor_sparse.passes.emit import (
-    READ_ELSEWHERE,
     emit_activation_spmm,
-    fusable_linear,
-    has_bias_by_feature,
-    packable_input,
     scaled_and_shifted,
     shared_call,
 )
@@ -52,6 +50,14 @@ from inductor_sparse.passes.fx_utils import (
     replace,
 )
 from inductor_sparse.passes.gpu_obstacles import kernel_obstacle
+from inductor_sparse.passes.packing import (
+    READ_ELSEWHERE,
+    Packable,
+    fusable_linear,
+    has_bias_by_feature,
+    read_packable,
+    replaces_activation,
+)
 from inductor_sparse.passes.producers import Family
 from inductor_sparse.passes.sites import Rejection, Site, read_site
 from inductor_sparse.passes.weights import Copy, static_window
@@ -76,18 +82,26 @@ _ops = torch.ops.inductor_sparse
 
 
 @dataclasses.dataclass(frozen=True)
+class First:
+    """A matmul before the activation, and the window ``[F, D]`` of its weight."""
+
+    site: Site
+    weight: Copy
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizedFfn:
     """The parts of an FFN that runs in 8 bits.
 
-    ``first`` is the matmul before the activation, or None if another site of the same
-    activation has rewritten it; ``w1`` and ``w2`` are the windows ``[F, D]`` and
-    ``[N, F]`` of the stored weights.  ``predicted`` says whether ``first`` packs, with
-    scales that are predicted, and ``note`` why it does not although that was asked for.
+    ``firsts`` are the matmuls before the activation: one, with a gate two, and none if
+    another site of the same activation has rewritten them.  ``w2`` is the window
+    ``[N, F]`` of the weight behind it.  ``predicted`` says whether the first one packs,
+    with scales that are predicted, and ``note`` why it does not although that was asked
+    for.
     """
 
     dtype: torch.dtype
-    first: Site | None
-    w1: Copy | None
+    firsts: tuple[First, ...]
     w2: Copy
     predicted: bool = False
     note: str = ""
@@ -97,65 +111,84 @@ class QuantizedFfn:
         """The dtype of the operands, as in ``"float8_e4m3fn"``."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def weight_bytes(self) -> int:
+        """The memory held by its quantized weights."""
+        return quantized_bytes(self.w2, *(first.weight for first in self.firsts))
+
 
 def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
-    """The FFN whose second matmul is ``site``, or why it cannot be quantized."""
+    """The FFN whose last matmul is ``site``, or why it cannot be quantized."""
     dtype = DTYPES[str(context.option("quantize"))]
-    producer = site.producer
-    direct = producer is not None and producer.family is not Family.GATED
-    if site.matmul.target not in _OPERANDS or not direct or site.dtype == "float32":
+    if site.matmul.target not in _OPERANDS or site.dtype == "float32":
         return "only a ReLU or ReLU² FFN in bfloat16 or float16 can be"
     if dtype == torch.float8_e4m3fn and site.dtype != "bfloat16":
         return "fp8 products with per-row scales need a bfloat16 model"
-    z, activation, _ = packable_input(site, emit=False)
-    core, _ = peel(z, VIEWS)
+    packable = read_packable(site, replaced=replaces_activation(site))
     w2 = _stored(site, dtype, context)
     if isinstance(w2, str):
         return w2
-    if activation == "identity":
+    if packable.activation == "identity":
         return "something lies between the activation and its matmul"
-    if core.meta.get(_DONE) == dtype:
-        return _with_scales(QuantizedFfn(dtype, None, None, w2), site, z, context)
-    first = read_site(core)
-    if first is None or core.target not in _OPERANDS:
-        return "the activation is not that of a linear layer"
-    if not _only_activated(core):
-        return "the layer before the activation is read by something else"
-    w1 = _stored(first, dtype, context)
-    if isinstance(w1, str):
-        return w1
+    firsts = _read_firsts(packable, dtype, context)
+    if isinstance(firsts, str):
+        return firsts
     # Under "auto" so few tokens are not packed; "2:4" packs any number of them.
-    forced = context.option("activation_format") == "2:4"
-    if (
-        dtype == torch.int8
-        and forced
-        and not decide(first.sizes[0] >= _INT8_MIN_TOKENS)
-    ):
+    forced = dtype == torch.int8 and context.option("activation_format") == "2:4"
+    if any(forced and not decide(f.site.sizes[0] >= _INT8_MIN_TOKENS) for f in firsts):
         return f"products of int8 need {_INT8_MIN_TOKENS} tokens or more"
-    return _with_scales(QuantizedFfn(dtype, first, w1, w2), site, z, context)
+    ffn = QuantizedFfn(dtype, firsts, w2)
+    return _with_scales(ffn, site, packable, context)
+
+
+def _read_firsts(
+    packable: Packable, dtype: torch.dtype, context: PassContext
+) -> tuple[First, ...] | str:
+    """The matmuls whose results are activated or multiplied, if not yet rewritten."""
+    operands = [(packable.z, aten.relu.default)]
+    if packable.up is not None:
+        operands.append((packable.up, aten.mul.Tensor))
+    firsts = []
+    for operand, reader in operands:
+        core, _ = peel(operand, VIEWS)
+        if core.meta.get(_DONE) == dtype:
+            continue
+        first = read_site(core)
+        if first is None or core.target not in _OPERANDS:
+            return "the activation is not that of a linear layer"
+        if not _only_read_by(core, reader):
+            return "the layer before the activation is read by something else"
+        weight = _stored(first, dtype, context)
+        if isinstance(weight, str):
+            return weight
+        firsts.append(First(first, weight))
+    # In the order of the graph, so that the second finds the rows of the first.
+    return tuple(sorted(firsts, key=lambda one: one.site.matmul))
 
 
 def _with_scales(
-    ffn: QuantizedFfn, site: Site, z: fx.Node, context: PassContext
+    ffn: QuantizedFfn, site: Site, packable: Packable, context: PassContext
 ) -> QuantizedFfn:
     """The same with predicted scales, if these are asked for and possible."""
     if context.option("quantize_scales") != "predicted":
         return ffn
-    why = _prediction_obstacle(ffn, site, z, context)
+    why = _prediction_obstacle(ffn, site, packable, context)
     if why is not None:
         return dataclasses.replace(ffn, note=f"; scales not predicted: {why}")
     return dataclasses.replace(ffn, predicted=True, note="; scales predicted")
 
 
 def _prediction_obstacle(
-    ffn: QuantizedFfn, site: Site, z: fx.Node, context: PassContext
+    ffn: QuantizedFfn, site: Site, packable: Packable, context: PassContext
 ) -> str | None:
     """Why the first matmul cannot pack what it computes, or None."""
     if ffn.dtype != torch.float8_e4m3fn:
         return "int8 has no exponent that could absorb a loose bound"
-    if ffn.first is None:
+    if packable.up is not None:
+        return "the activation is a gate"
+    if not ffn.firsts:
         return READ_ELSEWHERE
-    linear = fusable_linear(z, site)
+    linear = fusable_linear(packable.z, site)
     if isinstance(linear, str):
         return linear
     arch = context.architecture(site.matmul.meta["val"].device)
@@ -168,12 +201,10 @@ _DONE = "inductor_sparse_quantized"
 """``node.meta`` key: the dtype in which a matmul before an activation now runs."""
 
 
-def _only_activated(node: fx.Node) -> bool:
-    """Whether nothing but ReLU reads a node, however it is viewed."""
+def _only_read_by(node: fx.Node, target: object) -> bool:
+    """Whether nothing but calls of ``target`` read a node, however it is viewed."""
     return all(
-        _only_activated(user)
-        if is_call(user, VIEWS)
-        else is_call(user, {aten.relu.default})
+        _only_read_by(user, target) if is_call(user, VIEWS) else is_call(user, {target})
         for user in node.users
     )
 
@@ -193,7 +224,7 @@ def _stored(site: Site, dtype: torch.dtype, context: PassContext) -> Copy | str:
 
 
 def emit_quantized_ffn(site: Site, ffn: QuantizedFfn) -> fx.Node:
-    """Insert the second product of an FFN, packed and in 8 bits; replace its first."""
+    """Insert the last product of an FFN, packed and in 8 bits; replace those before."""
     before = site.matmul
     emit = _emit_fused if ffn.predicted else _emit_packing
     values, metadata, row_scale = emit(site, ffn)
@@ -207,22 +238,24 @@ def emit_quantized_ffn(site: Site, ffn: QuantizedFfn) -> fx.Node:
 
 
 def _emit_packing(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
-    """``(values, metadata, row_scale)`` by a kernel behind the first matmul."""
-    if ffn.first is not None and ffn.w1 is not None:
-        _emit_first(ffn.first, ffn.w1, ffn.dtype)
-    z, activation, select = packable_input(site)
-    arguments = (z, activation, select, ffn.dtype)
-    packed = shared_call(site.matmul, _ops.sparsify24_quantized.default, arguments)
-    return _items(packed, 3, site.matmul)
+    """``(values, metadata, row_scale)`` by a kernel behind the first matmuls."""
+    for first in ffn.firsts:
+        _emit_first(first, ffn.dtype)
+    # The operands are others now, and the producer is read anew.
+    site = dataclasses.replace(site)
+    packable = read_packable(site, replaced=replaces_activation(site))
+    target = _ops.sparsify24_quantized.default
+    return _items(packable.emit(target, site.matmul, ffn.dtype), 3, site.matmul)
 
 
 def _emit_fused(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
     """``(values, metadata, row_scale)`` by the first matmul itself."""
-    before, first = site.matmul, ffn.first
-    assert first is not None and ffn.w1 is not None
-    _, activation, select = packable_input(site, emit=False)
+    before, (one,) = site.matmul, ffn.firsts
+    first = one.site
+    packable = read_packable(site)
+    activation, select = packable.activation, packable.select
     rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, ffn.dtype))
-    weight = shared_call(before, _ops.quantized_weight.default, ffn.w1.args)
+    weight = shared_call(before, _ops.quantized_weight.default, one.weight.args)
     x, w1 = _items(rows, 2, before), _items(weight, 3, before)
     bias = () if first.bias is None else (first.bias,)
     row_scale = insert_traced(before, _predicted(activation), (*x, w1[2], *bias))
@@ -248,9 +281,9 @@ def _items(node: fx.Node, count: int, before: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(shared_call(before, getitem, (node, i)) for i in range(count))
 
 
-def quantized_bytes(*windows: Copy | None) -> int:
+def quantized_bytes(*windows: Copy) -> int:
     """The memory held by quantized windows of weights, each row with its scale."""
-    sizes = [window.size for window in windows if window is not None]
+    sizes = (window.size for window in windows)
     return sum(rows * columns + 4 * rows for rows, columns in sizes)
 
 
@@ -296,12 +329,12 @@ def _emit_weight(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
     return shared_call(before, aten.permute.default, (values, [1, 0])), scale
 
 
-def _emit_first(first: Site, w1: Copy, dtype: torch.dtype) -> None:
-    """Replace the matmul before the activation by its 8-bit form."""
-    before = first.matmul
+def _emit_first(one: First, dtype: torch.dtype) -> None:
+    """Replace a matmul before the activation by its 8-bit form."""
+    first, before = one.site, one.site.matmul
     rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, dtype))
     x_MD, scale_M = _items(rows, 2, before)
-    w_DF, scale_F = _emit_weight(w1, before)
+    w_DF, scale_F = _emit_weight(one.weight, before)
     column = insert_call(before, aten.unsqueeze.default, (scale_M, 1))
     row = insert_call(before, aten.unsqueeze.default, (scale_F, 0))
     product = _fp8_product if dtype == torch.float8_e4m3fn else _int8_product

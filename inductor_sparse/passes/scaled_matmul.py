@@ -28,7 +28,7 @@ from inductor_sparse.passes.base import (
     unsupported_size,
 )
 from inductor_sparse.passes.choice import Regime
-from inductor_sparse.passes.emit import packable_input, shared_call
+from inductor_sparse.passes.emit import shared_call
 from inductor_sparse.passes.fx_utils import (
     aten,
     input_of,
@@ -43,6 +43,7 @@ from inductor_sparse.passes.gpu_obstacles import (
     layout_obstacle,
 )
 from inductor_sparse.passes.gpu_regimes import Packing, choose
+from inductor_sparse.passes.packing import Packable, read_packable
 from inductor_sparse.passes.producers import Producer, find_producer
 from inductor_sparse.passes.quantized_operand import (
     QuantizedOperand,
@@ -76,16 +77,10 @@ class ScaledMatmul(Rule):
         """Insert the packing and the product; ``weight`` is taken as it lies."""
         quantized = read_quantized(site.lhs)
         assert isinstance(quantized, QuantizedOperand)
-        inner = dataclasses.replace(site, lhs=quantized.h)
-        z, activation, select = packable_input(inner)
-        for view in reversed(quantized.views):
-            assert callable(view.target)
-            args = (z, *view.args[1:])
-            z = shared_call(site.matmul, view.target, args, dict(view.kwargs))
-        packed = shared_call(
-            site.matmul,
-            _ops.sparsify24_quantized.default,
-            (z, activation, select, _FP8),
+        packed = (
+            _packable(site)
+            .behind(quantized.views)
+            .emit(_ops.sparsify24_quantized.default, site.matmul, _FP8)
         )
         values, metadata, row_scale = (
             shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(3)
@@ -142,7 +137,8 @@ class ScaledMatmul(Rule):
         dtype = str(_FP8).removeprefix("torch.")
         obstacle = kernel_obstacle(ops, dtype, decision.arch, context)
         replaces = _replaces_activation(site)
-        packing = Packing(dtype, dtype, replaces, context.cuda_graphs)
+        gated = replaces and _packable(site).up is not None
+        packing = Packing(dtype, dtype, replaces, context.cuda_graphs, gated)
         choice = choose(site, decision, {Regime.PACK: obstacle}, packing, context)
         if isinstance(choice, Rejection):
             return choice
@@ -203,6 +199,14 @@ def _wrong_scales(site: Site, quantized: QuantizedOperand) -> Rejection | None:
         return Rejection(Reason.NO_KERNEL_YET, "the weight is scaled in blocks")
     wrong = scale_obstacle(input_of(site.matmul, 2), quantized)
     return None if wrong is None else Rejection(Reason.NO_KERNEL_YET, wrong)
+
+
+def _packable(site: Site) -> Packable:
+    """What is packed for a site whose operand is quantized."""
+    quantized = read_quantized(site.lhs)
+    assert isinstance(quantized, QuantizedOperand)
+    inner = dataclasses.replace(site, lhs=quantized.h)
+    return read_packable(inner, replaced=_replaces_activation(site))
 
 
 def _replaces_activation(site: Site) -> bool:

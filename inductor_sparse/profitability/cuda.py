@@ -83,9 +83,11 @@ _PACKED_FIXED_US = 6.0
 _DENSE_HOST_US = 97.0
 _SKIPPING_HOST_US = 116.0
 _PACKED_HOST_US = 97.0
+_QUANTIZED_HOST_US = {"float8_e4m3fn": 190.0, "int8": 220.0}
 """What a call takes on the host before a GPU without CUDA graphs can be kept busy:
 skipping with its counters.  Packing takes a fifth less than a dense call, which is no
-reason to approximate."""
+reason to approximate.  In 8 bits that the dense FFN does not have, rows and weights are
+quantized besides, and ``_scaled_mm`` takes longer to call than a plain product."""
 
 
 def union_density(density: float, M: int) -> float:
@@ -322,6 +324,7 @@ def prefill_gain(
     pack_dtype: str = "",
     replaces_activation: bool = True,
     graphs: bool = False,
+    gated: bool = False,
 ) -> float:
     """Expected dense time / time of packing and multiplying, for M tokens.
 
@@ -334,18 +337,22 @@ def prefill_gain(
         replaces_activation: whether packing takes the place of the kernel that writes
             the dense activation, as it does unless something else reads that too.
         graphs: whether kernels are launched by CUDA graphs.
+        gated: whether a gate and what it is multiplied by are read, by either side.
     """
     packed = pack_dtype or dtype
     read, write = _ITEMSIZE.get(dtype, 2), _ITEMSIZE.get(packed, 2)
-    pack_us = M * K * (max(read, 2) + write / 2 + 0.125) / _PACK_BYTES_PER_US
-    activation_us = M * K * (max(read, 2) + read) / _PACK_BYTES_PER_US
+    inputs = max(read, 2) * (2 if gated else 1)
+    pack_us = M * K * (inputs + write / 2 + 0.125) / _PACK_BYTES_PER_US
+    activation_us = M * K * (inputs + read) / _PACK_BYTES_PER_US
     dense_us = _dense_us(M, K, N, dtype)
     packed_us = pack_us + _packed_us(M, K, N, packed)
     if replaces_activation:
         dense_us += activation_us
     if not graphs:
         dense_us = max(dense_us, _DENSE_HOST_US)
-        packed_us = max(packed_us, _PACKED_HOST_US)
+        quantizes = packed != dtype
+        host_us = _QUANTIZED_HOST_US[packed] if quantizes else _PACKED_HOST_US
+        packed_us = max(packed_us, host_us)
     return round(dense_us / packed_us, 2)
 
 
@@ -358,6 +365,7 @@ def prefill_min_tokens(
     pack_dtype: str = "",
     replaces_activation: bool = True,
     graphs: bool = False,
+    gated: bool = False,
 ) -> int | None:
     """From how many tokens on packing is expected to win; None if it never is.
 
@@ -374,6 +382,7 @@ def prefill_min_tokens(
             pack_dtype=pack_dtype,
             replaces_activation=replaces_activation,
             graphs=graphs,
+            gated=gated,
         )
 
     if min(K, N) < PREFILL_MIN_SIZE:

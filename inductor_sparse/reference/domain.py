@@ -156,13 +156,23 @@ def check_glu_spmm(
     check_shape(op, "w_down", w_down, gate.shape[1], "N")
 
 
-def check_sparsify24(x: Tensor, activation: str, select: str) -> None:
-    """Raise :class:`SparseShapeError` outside the domain of :func:`sparsify24`."""
-    op = "sparsify24"
+def _check_activated(
+    op: str, x: Tensor, activation: str, select: str, up: Tensor | None
+) -> None:
+    """What the ops that select among ``act(x) * up`` have in common."""
     check_activation(op, activation)
     check_select(op, select)
-    check_dtypes(op, x=x)
+    check_dtypes(op, x=x, **({} if up is None else {"up": up}))
     check_shape(op, "x", x, "M", "K")
+    if up is not None:
+        check_shape(op, "up", up, *x.shape)
+
+
+def check_sparsify24(
+    x: Tensor, activation: str, select: str, up: Tensor | None = None
+) -> None:
+    """Raise :class:`SparseShapeError` outside the domain of :func:`sparsify24`."""
+    _check_activated("sparsify24", x, activation, select, up)
 
 
 def check_quantized(op: str, dtype: torch.dtype) -> None:
@@ -181,14 +191,15 @@ def check_quantize_rows(x: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_sparsify24_quantized(
-    x: Tensor, activation: str, select: str, dtype: torch.dtype
+    x: Tensor,
+    activation: str,
+    select: str,
+    dtype: torch.dtype,
+    up: Tensor | None = None,
 ) -> None:
     """Raise :class:`SparseShapeError` outside the domain of the op of that name."""
     op = "sparsify24_quantized"
-    check_activation(op, activation)
-    check_select(op, select)
-    check_dtypes(op, x=x)
-    check_shape(op, "x", x, "M", "K")
+    _check_activated(op, x, activation, select, up)
     check_quantized(op, dtype)
 
 

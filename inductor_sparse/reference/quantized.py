@@ -25,7 +25,7 @@ from inductor_sparse.reference.domain import (
     check_quantize_rows,
     check_sparsify24_quantized,
 )
-from inductor_sparse.reference.selection import select_groups
+from inductor_sparse.reference.selection import activated, select_groups
 
 SMALLEST_AMAX = 2.0**-118
 """Rows below are scaled as if it were their amax: the inverse would be infinite."""
@@ -81,7 +81,11 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sparsify24_quantized(
-    x: Tensor, activation: str, select: str, dtype: torch.dtype
+    x: Tensor,
+    activation: str,
+    select: str,
+    dtype: torch.dtype,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep two of every four values of ``act(x)``, then quantize what is kept.
 
@@ -93,6 +97,7 @@ def sparsify24_quantized(
         activation: a key of ACTIVATIONS.
         select: one of SELECTS.
         dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
+        up: as for :func:`sparsify24`.
 
     Returns:
         ``(values [M, S] of dtype, index [M, S] uint8, row_scale [M] float32)``, as
@@ -101,8 +106,8 @@ def sparsify24_quantized(
     Raises:
         SparseShapeError: not 2-D, a dtype that is not supported, or an unknown name.
     """
-    check_sparsify24_quantized(x, activation, select, dtype)
-    a_MK = ACTIVATIONS[activation](x)
+    check_sparsify24_quantized(x, activation, select, dtype, up)
+    a_MK = activated(x, activation, up)
     values_MS, index_MS = select_groups(a_MK, select)
     scale_M, inverse_M = row_scales(a_MK, dtype)
     return quantize(values_MS, inverse_M[:, None], dtype), index_MS, scale_M

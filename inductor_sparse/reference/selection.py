@@ -59,7 +59,15 @@ def select_groups(a_MK: Tensor, select: str) -> tuple[Tensor, Tensor]:
     return values_MG2.flatten(1), index_MG2.flatten(1)
 
 
-def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]:
+def activated(x: Tensor, activation: str, up: Tensor | None) -> Tensor:
+    """``act(x)``, or ``act(x) * up``."""
+    a = ACTIVATIONS[activation](x)
+    return a if up is None else a * up
+
+
+def sparsify24(
+    x: Tensor, activation: str, select: str, up: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Keep two of every four consecutive values of ``act(x)`` along K.
 
     K is padded with zeros to a multiple of 64.  A group with at most two non-zeros
@@ -72,6 +80,8 @@ def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]
         activation: a key of :data:`ACTIVATIONS`.
         select: ``largest`` compares values (meant for non-negative ones: 0 beats -1),
             ``largest_abs`` compares magnitudes.
+        up: ``[M, K]``, same dtype, any strides: what a gate ``act(x)`` is multiplied
+            by, or None.
 
     Returns:
         ``(values, index)``, both contiguous ``[M, S]`` with ``S = 32 * ceil(K / 64)``:
@@ -91,8 +101,8 @@ def sparsify24(x: Tensor, activation: str, select: str) -> tuple[Tensor, Tensor]
         Haziza et al., "Accelerating Transformer Inference and Training with 2:4
         Activation Sparsity", 2025, https://arxiv.org/abs/2503.16672.
     """
-    check_sparsify24(x, activation, select)
-    return select_groups(ACTIVATIONS[activation](x), select)
+    check_sparsify24(x, activation, select, up)
+    return select_groups(activated(x, activation, up), select)
 
 
 def dropped_energy(x: Tensor, activation: str, select: str) -> float:

@@ -59,33 +59,41 @@ def row_plan(features: int | None) -> RowPlan:
     return RowPlan(whole=True, block_k=block, num_warps=num_warps)
 
 
-def activation_constants(activation: str, select: str) -> dict[str, bool | int]:
-    """What the kernels want to know of an activation and a way to select."""
-    signed = activation == "identity"
-    return {
-        "RELU": not signed,
-        "SQUARE": activation == "relu2",
-        "ORDER": _ORDERS[select] if signed else _NON_NEGATIVE,
-    }
+class Selection(NamedTuple):
+    """What is selected from, and how; see :func:`inductor_sparse.ops.sparsify24`.
 
-
-def is_paired(dtype: torch.dtype, activation: str, select: str, *, even: bool) -> bool:
-    """Whether ``sparsify24_quantized`` handles two groups at a time.
-
-    Args:
-        dtype: of the activation.
-        activation: see :func:`inductor_sparse.ops.sparsify24_quantized`.
-        select: likewise.
-        even: whether rows are contiguous, begin at multiples of 4 bytes and have an
-            even number of columns.
+    ``gated``: whether the activation is multiplied by another matrix.
     """
-    by_value = activation_constants(activation, select)["ORDER"] == _ORDERS["largest"]
-    # Its text has PTX in it.
-    return even and dtype.itemsize == 2 and not by_value and torch.version.hip is None
+
+    activation: str
+    select: str
+    gated: bool = False
+
+    def constants(self) -> dict[str, bool | int]:
+        """What the kernels want to know of it."""
+        signed = self.gated or self.activation == "identity"
+        return {
+            "RELU": self.activation != "identity",
+            "SQUARE": self.activation == "relu2",
+            "GATED": self.gated,
+            "ORDER": _ORDERS[self.select] if signed else _NON_NEGATIVE,
+        }
+
+    def is_paired(self, dtype: torch.dtype, *, even: bool) -> bool:
+        """Whether ``sparsify24_quantized`` handles two groups at a time.
+
+        Args:
+            dtype: of the activation.
+            even: whether rows are contiguous, begin at multiples of 4 bytes and have an
+                even number of columns.
+        """
+        by_value = self.constants()["ORDER"] == _ORDERS["largest"]
+        able = even and dtype.itemsize == 2 and not self.gated and not by_value
+        return able and torch.version.hip is None  # its text has PTX in it
 
 
 def has_even_rows(x: Tensor) -> bool:
-    """Whether a matrix of 16-bit numbers is what :func:`is_paired` calls even."""
+    """Whether 16-bit numbers lie as :meth:`Selection.is_paired` calls even."""
     row_stride, column_stride = x.stride()
     odd = row_stride % 2 or x.shape[1] % 2 or x.data_ptr() % 4
     return column_stride == 1 and not odd
@@ -107,13 +115,18 @@ def has_e4m3(device: torch.device) -> bool:
 
 
 def sparsify24(
-    x: Tensor, activation: str, select: str, energy: Tensor | None = None
+    x: Tensor,
+    activation: str,
+    select: str,
+    energy: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`inductor_sparse.ops.sparsify24`; ``energy`` is added to."""
     if not takes(x):
-        return ops.sparsify24(x, activation, select, energy)
+        return ops.sparsify24(x, activation, select, energy, up)
     ops.check_energy("sparsify24", energy)
-    reference.check_sparsify24(x, activation, select)
+    reference.check_sparsify24(x, activation, select, up)
+    selection, gate = Selection(activation, select, up is not None), _or(up, x)
     M, K = x.shape
     values = x.new_empty(formats.values_shape(M, K))
     metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
@@ -121,9 +134,9 @@ def sparsify24(
     tiles = metadata.shape[0] * -(-K // BLOCK_K)
     with torch.cuda.device(x.device):
         kernel[(tiles,)](
-            *(x, values, metadata, values if energy is None else energy),
-            *(M, K, *x.stride()),
-            **activation_constants(activation, select),
+            *(x, gate, values, metadata, _or(energy, values)),
+            *(M, K, *x.stride(), *gate.stride()),
+            **selection.constants(),
             EVEN_K=K % BLOCK_K == 0,
             HAS_ENERGY=energy is not None,
             BLOCK_K=BLOCK_K,
@@ -138,13 +151,15 @@ def sparsify24_quantized(
     select: str,
     dtype: torch.dtype,
     energy: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`inductor_sparse.ops.sparsify24_quantized`; ``energy`` is added to."""
     op = "sparsify24_quantized"
     if not takes(x, dtype):
-        return ops.sparsify24_quantized(x, activation, select, dtype, energy)
+        return ops.sparsify24_quantized(x, activation, select, dtype, energy, up)
     ops.check_energy(op, energy)
-    reference.check_sparsify24_quantized(x, activation, select, dtype)
+    reference.check_sparsify24_quantized(x, activation, select, dtype, up)
+    selection, gate = Selection(activation, select, up is not None), _or(up, x)
     M, K = x.shape
     values = x.new_empty(formats.values_shape(M, K), dtype=dtype)
     metadata = x.new_empty(formats.metadata_shape(M, K), dtype=torch.int32)
@@ -153,11 +168,11 @@ def sparsify24_quantized(
     plan = row_plan(K)
     with torch.cuda.device(x.device):
         module.sparsify24_quantized_kernel[(metadata.shape[0] * formats.BLOCK,)](
-            *(x, values, metadata, scales, scales if energy is None else energy),
-            *(M, K, *x.stride()),
-            **activation_constants(activation, select),
+            *(x, gate, values, metadata, scales, _or(energy, scales)),
+            *(M, K, *x.stride(), *gate.stride()),
+            **selection.constants(),
             FLOAT8=dtype == torch.float8_e4m3fn,
-            PAIRED=is_paired(x.dtype, activation, select, even=has_even_rows(x)),
+            PAIRED=selection.is_paired(x.dtype, even=has_even_rows(x)),
             EVEN_K=K % plan.block_k == 0,
             HAS_ENERGY=energy is not None,
             BLOCK_K=plan.block_k,
@@ -165,6 +180,11 @@ def sparsify24_quantized(
             num_warps=plan.num_warps,
         )
     return values, metadata, scales
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    """An optional argument of a kernel, or one that it never reads."""
+    return other if given is None else given
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")

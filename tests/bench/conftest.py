@@ -21,6 +21,7 @@ def ffn_row() -> dict[str, Any]:
         "data": "random",
         "quantize": "none",
         "calibrated": False,
+        "quantized_model": False,
         "tokens": 1,
         "density": 0.1,
         "density_measured": 0.1002,

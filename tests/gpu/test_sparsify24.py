@@ -84,6 +84,24 @@ def test_quantized_bits_are_those_of_the_reference(
         assert same_bits(results[2], expected[2])
 
 
+@pytest.mark.parametrize("quantized", [None, *FORMATS], ids=str)
+@pytest.mark.parametrize("dtype", sparsify24_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_the_bits_of_a_gated_product(
+    activation: str, dtype: torch.dtype, quantized: torch.dtype | None
+) -> None:
+    needs(quantized or torch.int8)
+    for M, K in SHAPES:
+        share = 0.0 if quantized else 0.3
+        x, up = any_bits(M, K, dtype, share), any_bits(K, M, dtype, share).t()
+        arguments = [activation, "largest_abs", *([quantized] if quantized else [])]
+        op = "sparsify24_quantized" if quantized else "sparsify24"
+        results = getattr(sparse, op)(x.cuda(), *arguments, up=up.cuda())
+        expected = getattr(ops, op)(x, *arguments, up=up)
+        for actual, wanted in zip(results, expected, strict=True):
+            assert same_bits(actual, wanted)
+
+
 @pytest.mark.parametrize("quantized", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("activation", "select"), WAYS)

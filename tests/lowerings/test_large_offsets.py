@@ -177,10 +177,10 @@ def test_packing_in_8_bits(
     if eager:
         text: Any = (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager")
         plan = sparsify24_cuda.row_plan(K)
-        how |= sparsify24_cuda.activation_constants(*way)
+        how |= sparsify24_cuda.Selection(*way).constants()
         how |= {"FLOAT8": False, "PAIRED": True, "EVEN_K": True, "HAS_ENERGY": False}
         how |= {"BLOCK_K": plan.block_k, "WHOLE": plan.whole}
-        args = (x, values, words, scales, scales, M, K, K, 1)
+        args = (x, x, values, words, scales, scales, M, K, K, 1, K, 1)
         interpreter.run(text, "sparsify24_quantized_kernel", (16, 1, 1), *args, **how)
     else:
         pack = sparse.sparsify24_quantized
@@ -204,9 +204,9 @@ def test_packing_outside_of_graphs(memory: Make, interpreter: Interpreter) -> No
         (*sparsify24_cuda.SELECT_TEXT, "sparsify24_eager"),
         "sparsify24_kernel",
         (1, 1, 1),
-        *(x, values, words, values, M, K, K, 1),
+        *(x, x, values, words, values, M, K, K, 1, K, 1),
         first=(M // 64 * (K // 64) - 1, 0, 0),
-        **sparsify24_cuda.activation_constants("relu", "largest"),
+        **sparsify24_cuda.Selection("relu", "largest").constants(),
         EVEN_K=True,
         HAS_ENERGY=False,
         BLOCK_K=sparsify24_cuda.BLOCK_K,

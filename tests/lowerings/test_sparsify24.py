@@ -26,14 +26,17 @@ def packing(
     quantized: torch.dtype | None = None,
     way: tuple[str, str] = ("relu2", "largest"),
     energy: bool = False,
-) -> Callable[[Tensor], Any]:
-    """A function that packs its input, and sums energies if asked to."""
+) -> Callable[..., Any]:
+    """A function that packs its input, and sums energies if asked to.
 
-    def pack(x: Tensor) -> Any:
+    What it is given besides is what that is multiplied by when activated.
+    """
+
+    def pack(x: Tensor, up: Tensor | None = None) -> Any:
         slots = sparse.site_energy(x, "site") if energy else None
         if quantized is None:
-            return sparse.sparsify24(x, *way, slots)
-        return sparse.sparsify24_quantized(x, *way, quantized, slots)
+            return sparse.sparsify24(x, *way, slots, up=up)
+        return sparse.sparsify24_quantized(x, *way, quantized, slots, up=up)
 
     return pack
 
@@ -69,6 +72,29 @@ def test_one_kernel_without_spills(
     assert kernel.local == 0
     if quantized is not None:
         assert "div.rn.f32" in kernel.ptx and "div.full" not in kernel.ptx
+
+
+@pytest.mark.parametrize(
+    ("quantized", "columns", "capability"),
+    [
+        (None, 11008, (9, 0)),
+        (None, 1000, (8, 0)),
+        (E4M3, 11008, (9, 0)),
+        (INT8, 28672, (9, 0)),
+        (INT8, 40000, (8, 0)),
+    ],
+    ids=str,
+)
+def test_a_gate_is_multiplied_in_the_same_kernel(
+    quantized: torch.dtype | None, columns: int, capability: Capability, tmp_path: Path
+) -> None:
+    x, up = empty(512, columns), empty(512, columns + 8)[:, :columns]
+    pack = packing(quantized, ("relu2", "largest_abs"), energy=True)
+    made = generate(pack, x, up, dynamic=512, capability=capability, static=[])
+    assert len(made.triton_kernels) == 1
+    assert "GATED : tl.constexpr = True" in made.code
+    (kernel,) = compile_triton(made, tmp_path, capability).values()
+    assert kernel.local == 0
 
 
 WAYS = (("relu2", "largest"), ("identity", "largest"), ("identity", "largest_abs"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import Interpreter
 
-from inductor_sparse import formats, ops, reference, templates
+from inductor_sparse import ops, reference, templates
 from inductor_sparse.runtime import sparsify24_cuda
+from inductor_sparse.runtime.sparsify24_cuda import Selection
 
 pytest.importorskip("triton")
 
-INF, NAN = math.inf, math.nan
 FORMATS = (torch.int8, torch.float8_e4m3fn)
 WAYS = (
     ("relu2", "largest"),
@@ -34,58 +33,6 @@ WAYS = (
 def interpreter() -> Iterator[Interpreter]:
     with Interpreter() as process:
         yield process
-
-
-def awkward(M: int, K: int, dtype: torch.dtype, finite: bool = False) -> Tensor:
-    """Ties, both zeros and numbers too small to square; NaN and Inf if allowed."""
-    generator = torch.Generator().manual_seed(M * K)
-    x = torch.randn(M, K, generator=generator) * 2
-    some: list[float] = [1.0, 1.0, -1.0, 0.0, -0.0, 1e-7, -1e-30]
-    some += [] if finite else [NAN, -NAN, INF, -INF]
-    which = torch.randint(2 * len(some), (M, K), generator=generator)
-    for i, value in enumerate(some):
-        x[which == i] = value
-    return x.to(dtype)
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Whether all bits agree, those of NaN aside."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
-    nan = actual.float().isnan() & expected.float().isnan()
-    return bool(((actual.view(bits) == expected.view(bits)) | nan).all())
-
-
-def packed(M: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Results for a kernel to write, filled with what it must overwrite."""
-    values = torch.ones(formats.values_shape(M, K)).to(dtype)
-    return values, torch.full(formats.metadata_shape(M, K), -1, dtype=torch.int32)
-
-
-def select(
-    interpreter: Interpreter,
-    x: Tensor,
-    activation: str,
-    select: str,
-    programs: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(values, metadata, energy)`` as the kernel computes them.
-
-    With ``programs`` only of so many tiles.
-    """
-    M, K = x.shape
-    block = sparsify24_cuda.BLOCK_K
-    energy = torch.zeros(ops.ENERGY_SLOTS, 2, dtype=torch.float64)
-    _, *results = interpreter.run(
-        (*sparsify24_cuda.SELECT_TEXT, "sparsify24_eager"),
-        "sparsify24_kernel",
-        (programs or -(-M // 64) * -(-K // block),),
-        *(x, *packed(M, K, x.dtype), energy, M, K, *x.stride()),
-        **sparsify24_cuda.activation_constants(activation, select),
-        EVEN_K=K % block == 0,
-        HAS_ENERGY=True,
-        BLOCK_K=block,
-    )[:4]
-    return tuple(results)
 
 
 @pytest.mark.parametrize("dtype", sparsify24_cuda.DTYPES, ids=str)
@@ -151,51 +98,6 @@ def test_of_256_tiles_one_of_32_is_summed(
     assert energy.sum(0).tolist() == [summed * 64 * 32, summed * 64 * 64]
 
 
-def quantize(
-    interpreter: Interpreter,
-    x: Tensor,
-    way: tuple[str, str],
-    dtype: torch.dtype,
-    plan: sparsify24_cuda.RowPlan,
-    energy: Tensor | None = None,
-    blocks: int | None = None,
-    paired: bool | None = None,
-) -> tuple[Tensor, ...]:
-    """``(values, metadata, row_scale, energy)`` as the kernel computes them.
-
-    With ``blocks`` only of so many blocks of 64 rows.
-    """
-    M, K = x.shape
-    if paired is None:
-        paired = sparsify24_cuda.is_paired(x.dtype, *way, even=K % 2 == 0)
-    results = (*packed(M, K, dtype), torch.full((M,), -1.0))
-    left = interpreter.run(
-        (*sparsify24_cuda.QUANTIZED_TEXT, "sparsify24_quantized_eager"),
-        "sparsify24_quantized_kernel",
-        ((blocks or -(-M // 64)) * 64,),
-        *(x, *results, results[2] if energy is None else energy, M, K, *x.stride()),
-        **sparsify24_cuda.activation_constants(*way),
-        FLOAT8=dtype != torch.int8,
-        PAIRED=paired,
-        EVEN_K=K % plan.block_k == 0,
-        HAS_ENERGY=energy is not None,
-        BLOCK_K=plan.block_k,
-        WHOLE=plan.whole,
-    )
-    return tuple(left[1:5])
-
-
-def quantizable(K: int, dtype: torch.dtype) -> Tensor:
-    """A row of every kind that has a rule of its own."""
-    x = awkward(9, K, dtype, finite=True)
-    x[1], x[2], x[3, 1], x[4, 2] = 0.0, -0.0, NAN, INF
-    x[5, ::2] = -1e-9  # rounded away, and stored as +0.0
-    x[6] *= 1e-37
-    x[7] = torch.arange(K) - K // 2  # exact ties in int8
-    x[7, 0] = 127
-    return x
-
-
 @pytest.mark.parametrize(
     ("source", "K", "way", "whole", "dtype"),
     [
@@ -257,14 +159,16 @@ def test_two_groups_at_a_time_of_any_rows(
 
 
 def test_when_two_groups_are_handled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    is_paired = sparsify24_cuda.is_paired
-    assert is_paired(torch.float16, "relu2", "largest", even=True)
-    assert is_paired(torch.bfloat16, "identity", "largest_abs", even=True)
-    assert not is_paired(torch.bfloat16, "identity", "largest", even=True)
-    assert not is_paired(torch.float32, "relu2", "largest", even=True)
-    assert not is_paired(torch.bfloat16, "relu2", "largest", even=False)
+    squared = Selection("relu2", "largest")
+    assert squared.is_paired(torch.float16, even=True)
+    assert Selection("identity", "largest_abs").is_paired(torch.bfloat16, even=True)
+    assert not Selection("identity", "largest").is_paired(torch.bfloat16, even=True)
+    assert not squared.is_paired(torch.float32, even=True)
+    assert not squared.is_paired(torch.bfloat16, even=False)
+    gated = Selection("relu2", "largest_abs", gated=True)
+    assert not gated.is_paired(torch.bfloat16, even=True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not is_paired(torch.float16, "relu2", "largest", even=True)
+    assert not squared.is_paired(torch.float16, even=True)
 
 
 def small_integers(M: int, K: int) -> Tensor:
@@ -335,13 +239,12 @@ def test_no_place_of_a_sequence_is_summed_more_often(length: int) -> None:
 
 
 def test_the_kernels_know_the_constants_of_the_reference() -> None:
-    assert sparsify24_cuda.activation_constants("relu2", "largest_abs") == {
+    assert Selection("relu2", "largest_abs").constants() == {
         "RELU": True,
         "SQUARE": True,
+        "GATED": False,
         "ORDER": 0,
     }
-    orders = [
-        sparsify24_cuda.activation_constants("identity", select)["ORDER"]
-        for select in reference.SELECTS
-    ]
-    assert orders == [2, 1]
+    for signed in (("identity", False), ("relu", True)):
+        ways = [Selection(signed[0], one, signed[1]) for one in reference.SELECTS]
+        assert [way.constants()["ORDER"] for way in ways] == [2, 1]

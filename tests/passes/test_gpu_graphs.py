@@ -255,7 +255,7 @@ def test_gated_decode_skips_the_up_projection() -> None:
     assert [d.op for d in record.decisions] == ["glu_spmm"]
     gm, record = decide(glu, empty(2048, N), *weights)
     assert [d.op for d in record.decisions] == ["sparse24_mm"]
-    assert calls(gm, "sparsify24")[0].args[1:3] == ("identity", "largest_abs")
+    assert calls(gm, "sparsify24")[0].args[1:3] == ("relu", "largest_abs")
 
 
 def relu(x: Tensor, w: Tensor) -> Tensor:

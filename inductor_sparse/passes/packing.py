@@ -1,0 +1,217 @@
+"""Writing a site that is packed 2:4: what is packed, and the product of it.
+
+A kernel that packs reads what an activation is computed from and computes that itself,
+as it does a gated product ``act(z) * up``.
+
+Shape legend: M tokens, D model, K hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_sparse.passes.emit import direct_input, replay_views, shared_call
+from inductor_sparse.passes.fx_utils import (
+    ORDERED_VIEWS,
+    VIEWS,
+    aten,
+    input_of,
+    insert_call,
+    is_call,
+    is_transposition,
+    peel,
+    same_shape,
+    same_size,
+    tensor_of,
+)
+from inductor_sparse.passes.sites import MATMULS, Site, read_site
+
+_LINEAR = frozenset({aten.mm.default, aten.addmm.default})
+_STORED = MATMULS | {aten._scaled_mm.default}
+"""What leaves its result in memory, whoever reads it."""
+_ops = torch.ops.inductor_sparse
+
+
+@dataclasses.dataclass(frozen=True)
+class Packable:
+    """``act(z)``, or ``act(z) * up``, with the views between that and a matmul.
+
+    The views of either operand come nearest to the matmul first.
+    """
+
+    z: fx.Node
+    activation: str
+    views: Sequence[fx.Node] = ()
+    up: fx.Node | None = None
+    up_views: Sequence[fx.Node] = ()
+
+    @property
+    def select(self) -> str:
+        """How two of four are chosen.
+
+        What went through ReLU is not negative, so that its largest values are known
+        without looking at signs; anything else may be.
+        """
+        signed = self.activation == "identity" or self.up is not None
+        return "largest_abs" if signed else "largest"
+
+    def behind(self, views: Sequence[fx.Node]) -> Packable:
+        """The same with more views between it and the matmul."""
+        return dataclasses.replace(
+            self,
+            views=(*views, *self.views),
+            up_views=() if self.up is None else (*views, *self.up_views),
+        )
+
+    def emit(self, target: Any, before: fx.Node, *arguments: object) -> fx.Node:
+        """A call of a packing op; two sites of one activation share it."""
+        z = replay_views(self.views, self.z, before, shared_call)
+        gate = {}
+        if self.up is not None:
+            gate["up"] = replay_views(self.up_views, self.up, before, shared_call)
+        args = (z, self.activation, self.select, *arguments)
+        return shared_call(before, target, args, gate)
+
+
+def read_packable(site: Site, *, replaced: bool = True) -> Packable:
+    """What is packed for the left operand of a site.
+
+    Args:
+        site: the second matmul of an FFN.
+        replaced: whether the activation is read by nothing that stays.  A product that
+            is written for others anyway is packed from there.
+    """
+    gated = _read_gated(site) if replaced else None
+    if gated is not None:
+        return gated
+    activation, z, views = direct_input(site.lhs)
+    return Packable(z, activation, views)
+
+
+def _read_gated(site: Site) -> Packable | None:
+    """The factors of a gated product that lie in memory already, or None.
+
+    Otherwise a kernel would have to write them first, which is what multiplying them
+    there spares.
+    """
+    producer = site.producer
+    if producer is None or producer.gate is None or producer.up is None:
+        return None
+    product, views = peel(site.lhs, ORDERED_VIEWS)
+    gate, up = producer.gate, producer.up
+    if not is_call(product, {aten.mul.Tensor}) or {*product.args} != {gate, up}:
+        return None
+    activation, z, gate_views = direct_input(gate)
+    values = [tensor_of(node) for node in (product, z, up)]
+    fits = len({value.dtype for value in values if value is not None}) == 1
+    if activation == "identity" or not fits or not _lie_in_memory(z, up):
+        return None
+    if not _is_all_of(product, gate) or not _is_all_of(product, up):
+        return None
+    return Packable(z, activation, (*views, *gate_views), up, views)
+
+
+def _is_all_of(product: fx.Node, factor: fx.Node) -> bool:
+    """Whether a factor has the shape of the product: nothing is broadcast."""
+    whole, value = tensor_of(product), tensor_of(factor)
+    return whole is not None and value is not None and same_shape(whole, value)
+
+
+def _lie_in_memory(*nodes: fx.Node) -> bool:
+    sources = [peel(node, VIEWS)[0] for node in nodes]
+    return all(one.op == "placeholder" or is_call(one, _STORED) for one in sources)
+
+
+def is_gated(site: Site) -> bool:
+    """Whether packing multiplies a gate by its factor itself."""
+    return replaces_activation(site) and _read_gated(site) is not None
+
+
+def replaces_activation(site: Site) -> bool:
+    """Whether a pack takes the place of the kernel that writes the activation.
+
+    It does not if something besides matmuls reads the dense activation as well.
+    """
+    producer = site.producer
+    if producer is None or (producer.z is None and _read_gated(site) is None):
+        return False
+    readers = set(producer.node.users)
+    while readers:
+        node = readers.pop()
+        if is_call(node, VIEWS):
+            readers |= set(node.users)
+        elif not is_call(node, MATMULS):
+            return False
+    return True
+
+
+def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:
+    """Insert the packing of the left operand and the product; the weight as it lies.
+
+    Two matmuls of one activation share what is packed.  With ``fuse`` a linear layer
+    before the activation is computed and packed in one, if nothing else needs it.
+    """
+    packable = read_packable(site, replaced=replaces_activation(site))
+    linear = _linear_before(packable, site) if fuse else None
+    if linear is not None:
+        target = _ops.linear_sparsify24.default
+        arguments = (*linear, packable.activation, packable.select)
+        packed = shared_call(site.matmul, target, arguments)
+    else:
+        packed = packable.emit(_ops.sparsify24.default, site.matmul)
+    values, metadata = (
+        shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(2)
+    )
+    return insert_call(
+        site.matmul, _ops.sparse24_mm.default, (values, metadata, site.rhs)
+    )
+
+
+READ_ELSEWHERE = "something else reads the activation"
+
+
+def fusable_linear(z: fx.Node, site: Site) -> Site | str:
+    """The layer that computes ``z`` for this site alone, or why it cannot be fused."""
+    core, _ = peel(z, ORDERED_VIEWS)
+    linear, lhs, value = read_site(core), tensor_of(site.lhs), tensor_of(core)
+    if linear is None or not is_call(core, _LINEAR) or lhs is None or value is None:
+        return "the activation is not that of a linear layer"
+    if linear.alpha != 1 or linear.beta != 1 or not has_bias_by_feature(linear):
+        return "its bias is scaled, or is not a vector with one value per feature"
+    node = core
+    while len(node.users) == 1 and node is not site.matmul:
+        (node,) = node.users
+    if node is not site.matmul:
+        return READ_ELSEWHERE
+    if not same_shape(lhs, value) or lhs.dtype != value.dtype:
+        return "something lies between the layer and its activation"
+    # A permutation may keep the shape, and never keeps the order.
+    if not all(is_call(view, ORDERED_VIEWS) for view in direct_input(site.lhs)[2]):
+        return "the activation is rearranged before its matmul"
+    return linear
+
+
+def has_bias_by_feature(linear: Site) -> bool:
+    """Whether a layer has no bias, or one of ``[N]``; ``[1]`` would be broadcast."""
+    bias = tensor_of(linear.bias)
+    if bias is None:
+        return True
+    return bias.ndim == 1 and same_size(bias.shape[0], linear.sizes[2])
+
+
+def _linear_before(packable: Packable, site: Site) -> tuple[Any, ...] | None:
+    """``(x [M, D], w1 [K, D], bias or None)`` of a layer that only this site reads."""
+    linear = fusable_linear(packable.z, site)
+    if packable.up is not None or isinstance(linear, str):
+        return None
+    w_DK = linear.rhs
+    if is_transposition(w_DK):
+        return linear.lhs, input_of(w_DK), linear.bias
+    w_KD = shared_call(site.matmul, aten.permute.default, (w_DK, [1, 0]))
+    return linear.lhs, w_KD, linear.bias
