@@ -11,6 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_kernels import (
+    FORMATS,
+    INF,
+    NAN,
+    awkward,
+    quantizable,
+    quantize,
+    same_bits,
+    select,
+)
 from torch import Tensor
 from triton_interpreter import Interpreter
 
@@ -20,7 +30,6 @@ from inductor_sparse.runtime.sparsify24_cuda import Selection
 
 pytest.importorskip("triton")
 
-FORMATS = (torch.int8, torch.float8_e4m3fn)
 WAYS = (
     ("relu2", "largest"),
     ("relu", "largest_abs"),
