@@ -69,11 +69,12 @@ HELP: dict[str, str] = {
         "The square root of the loss is about the relative error of the product."
     ),
     "quantize": (
-        "Run both matmuls of a ReLU² or ReLU FFN in 8 bits wherever the second one is "
-        "packed 2:4 and the device has kernels for it. Scales are per token for "
-        "activations and per output feature for weights; weights are quantized once. "
-        "Where a few tokens skip zeros, the rows of the second weight are read in 8 "
-        "bits, each with a scale. No effect on a CPU."
+        "Run all matmuls of a ReLU² or ReLU FFN, gated or not, in 8 bits wherever the "
+        "last one is packed 2:4, the device has kernels for it, and launching them "
+        "takes no longer than they save. Scales are per token for activations and per "
+        "output feature for weights; weights are quantized once. Where a few tokens "
+        "skip zeros, the rows of the second weight are read in 8 bits, each with a "
+        "scale. No effect on a CPU."
     ),
     "quantize_scales": (
         "How an 8-bit FFN scales the rows of the activation between its matmuls. "

@@ -121,6 +121,11 @@ def _add_grid(kinds: Any) -> None:
         default=30.0,
         help="start no new row after this many minutes",
     )
+    grid.add_argument(
+        "--edges",
+        action="store_true",
+        help="instead, FFNs that are rewritten although little gain is expected",
+    )
     grid.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     grid.add_argument(
         "--json", required=True, metavar="FILE", help="results file to create or resume"

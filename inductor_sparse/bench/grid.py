@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from inductor_sparse.bench import edges
 from inductor_sparse.errors import SparseError
 
 SIZES = ("4096x16384", "8192x28672", "5120x21504")
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace, parse: Callable[..., argparse.Namespace])
     A command that fails is reported and left, for the others' sake.
 
     Args:
-        arguments: of ``bench grid``.
+        arguments: of ``bench grid``; with ``edges`` those of
+            :mod:`inductor_sparse.bench.edges` are run instead.
         parse: turns the arguments of a ``bench`` command into a namespace.
 
     Returns:
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace, parse: Callable[..., argparse.Namespace])
     """
     end = time.monotonic() + 60 * arguments.minutes
     failed = 0
-    for line in commands():
+    for line in edges.commands() if arguments.edges else commands():
         minutes = (end - time.monotonic()) / 60
         if minutes <= 0:
             break

@@ -21,9 +21,9 @@ from inductor_sparse.bench.rows import FEW_TOKENS, Row, is_current, read_rows
 
 AXES = (
     *("op", "gated", "activation", "dtype", "quantize", "device", "features", "hidden"),
-    *("rows", "columns", "tokens", "data", "density"),
+    *("rows", "columns", "tokens", "data", "density", "quantized_model"),
 )
-"""What tells two measurements apart, in any benchmark."""
+"""What tells two measurements apart, in any benchmark; most rows lack some of them."""
 MARK = "°"
 TUNED = "*"
 
@@ -32,6 +32,7 @@ _TABLE = re.compile(
 )
 _TYPES = {
     "bfloat16": "bf16",
+    "float16": "fp16",
     "float8_e4m3fn": "fp8",
     "int8": "int8",
     "float32": "fp32",
@@ -75,7 +76,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     """The last row of every measurement."""
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        found[tuple(row.get(axis) for axis in AXES)] = row
+        # A row may be older than an axis, of which it has the default then.
+        found[tuple(row.get(axis) or None for axis in AXES)] = row
     return list(found.values())
 
 
@@ -129,6 +131,27 @@ def ffn_table(rows: Sequence[Row]) -> str:
             ("error (dense)", _at(TRAINED, _error)),
         ),
         text=2,
+    )
+
+
+def edges_table(rows: Sequence[Row]) -> str:
+    """The cases of `bench grid --edges`: one line for each."""
+    lines = _lines(
+        rows, lambda r: (r["op"], r["gated"], _ffn_type(r), _kind(r), *_sizes(r))
+    )
+    return _table(
+        lines,
+        (
+            ("op", _of_any(_kind)),
+            ("type", _of_any(_ffn_type)),
+            ("features, hidden", _of_any(lambda r: f"{r['features']}, {r['hidden']}")),
+            ("tokens", _of_any(lambda r: str(r["tokens"]))),
+            ("dense us", _at(TRAINED, lambda r: _us(r["dense_us"]))),
+            ("sparse us", _at(TRAINED, lambda r: _us(r["sparse_us"]))),
+            ("gain [95 %]", _at(TRAINED, _interval)),
+            ("error (dense)", _at(TRAINED, _error)),
+        ),
+        text=3,
     )
 
 
@@ -199,6 +222,7 @@ def cpu_table(rows: Sequence[Row]) -> str:
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "gemm": gemm_table,
     "ffn": ffn_table,
+    "edges": edges_table,
     "decode": decode_table,
     "pack": pack_table,
     "cpu": cpu_table,
@@ -246,6 +270,17 @@ def _product(row: Row) -> str:
 
 def _op(row: Row) -> str:
     return f"gated {row['op']}" if row["gated"] else row["op"]
+
+
+def _sizes(row: Row) -> tuple[object, ...]:
+    return (row["features"], row["hidden"], row["tokens"])
+
+
+def _kind(row: Row) -> str:
+    """``gated ffn, ReLU, an fp8 model``: what is not as usual."""
+    rectified = ", ReLU" if row["activation"] == "relu" else ""
+    narrow = f", an {row['quantize']} model" if row.get("quantized_model") else ""
+    return f"{_op(row)}{rectified}{narrow}"
 
 
 def _ffn_type(row: Row) -> str:

@@ -40,6 +40,11 @@ from inductor_sparse.profitability import cuda, has_kernel
 if TYPE_CHECKING:
     from inductor_sparse.passes.base import PassContext, Rule
 
+HOST_BOUND = (
+    "without CUDA graphs it takes longer to launch the kernels than they would save"
+)
+"""Why an FFN is packed in 16 bits although 8 were asked for and are possible."""
+
 Obstacles = dict[Regime, Rejection | None]
 """The regimes that the options allow, each with what else is in its way."""
 
@@ -225,13 +230,21 @@ def _free(obstacles: Obstacles, regime: Regime) -> bool:
     return regime in obstacles and obstacles[regime] is None
 
 
+def _wins(site: Site, packing: Packing) -> bool:
+    """Whether 2:4 wins for the number of tokens, or for any if that is symbolic."""
+    M, K, N = (size_hint(size) or 0 for size in site.sizes)
+    if is_symbolic(site):
+        return packing.min_tokens(K, N) is not None
+    large = cuda.PREFILL_TOKENS[0] <= M and min(K, N) >= cuda.PREFILL_MIN_SIZE
+    return large and packing.gain(M, K, N) >= cuda.PREFILL_MARGIN
+
+
 def _pack_pays(site: Site, packing: Packing, limits: Limits) -> bool:
     """Whether 2:4 wins for the number of tokens, or for every one that is guarded."""
-    M, K, N = site.sizes
-    if isinstance(M, int) and isinstance(K, int) and isinstance(N, int):
-        large = cuda.PREFILL_TOKENS[0] <= M and min(K, N) >= cuda.PREFILL_MIN_SIZE
-        return large and packing.gain(M, K, N) >= cuda.PREFILL_MARGIN
-    return limits.pack_from is not None and decide(limits.pack_from <= M)
+    if not is_symbolic(site):
+        return _wins(site, packing)
+    begin = limits.pack_from
+    return begin is not None and decide(begin <= site.sizes[0])
 
 
 def loses_too_much(decision: Decision, context: PassContext) -> Rejection | None:
@@ -286,10 +299,15 @@ def _packing(
             ops = ("sparsify24_quantized", "sparse24_mm")
             obstacle = kernel_obstacle(ops, dtype, arch, context)
             if obstacle is None:
-                return dataclasses.replace(
+                packing = dataclasses.replace(
                     plain, dtype=dtype, quantized=ffn, note=ffn.note
-                ), None
-            ffn = obstacle.detail
+                )
+                forced = context.option("activation_format") == "2:4"
+                if forced or _wins(site, packing) or not _wins(site, plain):
+                    return packing, None
+                ffn = HOST_BOUND
+            else:
+                ffn = obstacle.detail
         plain = dataclasses.replace(plain, note=f"; not quantized: {ffn}")
     ops = ("sparsify24", "sparse24_mm")
     found = kernel_obstacle(ops, site.dtype, arch, context)

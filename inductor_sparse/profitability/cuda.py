@@ -354,9 +354,10 @@ def prefill_gain(
     if packed != dtype:
         # The matmul before is of the FFN as well, and gives the host time.
         first_us, narrow_us = (_dense_us(M, N, K, name) for name in (dtype, packed))
-        whole_us = max(packed_us + narrow_us, _QUANTIZED_HOST_US[packed])
-        gains = dense_us / packed_us, (dense_us + first_us) / whole_us
-        return round(min(gains), 2)
+        host_us, gain = _QUANTIZED_HOST_US[packed], dense_us / packed_us
+        if packed_us + narrow_us < host_us:
+            gain = min(gain, (dense_us + first_us) / host_us)
+        return round(gain, 2)
     floored = max(dense_us, _DENSE_HOST_US) / max(packed_us, _PACKED_HOST_US)
     return round(floored, 2)
 

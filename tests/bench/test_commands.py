@@ -47,6 +47,12 @@ def test_bench_rejects_bad_arguments(
     assert message in error
 
 
+def test_only_an_fp8_model_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("bench", "ffn", "--quantized-model", "--quantize", "int8")
+    assert cli.main(argv) == cli.ERROR
+    assert "--quantized-model needs --quantize fp8" in capsys.readouterr().err
+
+
 def sweep_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> ffn.Sweep:
     """The grid that ``bench ffn`` would measure."""
     sweeps: list[ffn.Sweep] = []

@@ -12,6 +12,7 @@ import torch
 from inductor_sparse.bench import ffn, variants
 from inductor_sparse.bench.ffn import Sweep, UnsettledError, row_key
 from inductor_sparse.bench.models import ModelCase
+from inductor_sparse.bench.quantized import QuantizedFFN
 from inductor_sparse.bench.timing import Evictor
 from inductor_sparse.bench.variants import SETTINGS, Variant
 from inductor_sparse.decisions import (
@@ -77,6 +78,21 @@ def bench(models: int = 1) -> ffn._Bench:
     """The measurement of one model or a stack, nothing compiled yet."""
     model = CASE.build()
     return ffn._Bench(SWEEP, CASE, [model] * models, 2, Evictor(2**40), print)
+
+
+def test_a_quantized_model_is_what_both_sides_have() -> None:
+    case = dataclasses.replace(CASE, op="ffn", quantize="fp8", quantized_model=True)
+    both = dataclasses.replace(bench(), case=case, models=[case.build()])
+    (dense,), (sparse,) = (
+        both._forms(side).values() for side in ("inductor", "sparse")
+    )
+    assert isinstance(dense, QuantizedFFN) and isinstance(sparse, QuantizedFFN)
+    assert "sparse.quantize" not in both._sparse_options([])
+    asked = dataclasses.replace(
+        both, case=dataclasses.replace(case, quantized_model=False)
+    )
+    assert asked._forms("sparse")[""] is asked.model
+    assert asked._sparse_options([])["sparse.quantize"] == "fp8"
 
 
 def test_inputs_rotate_and_differ() -> None:

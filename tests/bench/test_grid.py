@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from inductor_sparse import cli
-from inductor_sparse.bench import commands, ffn, gemm, grid, linear, pack
+from inductor_sparse import cli, profitability
+from inductor_sparse.bench import commands, edges, ffn, gemm, grid, linear, pack
 from inductor_sparse.bench.models import ModelCase
 from inductor_sparse.bench.rows import FEW_TOKENS
 
@@ -131,6 +131,24 @@ def test_one_command_runs_them_all(tmp_path: Path, measured: list[Any]) -> None:
     assert len(measured) == len(list(grid.commands()))
     first, *_ = measured[0]
     assert (first.tokens, first.hidden, first.features) == (8192, 8192, 8192)
+
+
+def test_edges_are_run_instead(tmp_path: Path, measured: list[Any]) -> None:
+    path = str(tmp_path / "rows.jsonl")
+    argv = ["--device", "cpu", "--edges", "--json", path]
+    assert cli.main(["bench", "grid", *argv]) == cli.OK
+    assert len(measured) == len(list(edges.commands()))
+    cases = [case for sweep in measured for case in sweep.cases]
+    assert {case.data for case in cases} == {"trained"}
+    assert sum(case.quantized_model for case in cases) == 5
+
+
+@pytest.mark.parametrize("dtype", list(edges.DOWN))
+def test_of_the_products_among_the_edges_least_is_expected(dtype: str) -> None:
+    gain = profitability.cuda.prefill_gain
+    for tokens, features, hidden in edges.DOWN[dtype]:
+        expected = gain(tokens, hidden, features, dtype, graphs=True)
+        assert profitability.cuda.PREFILL_MARGIN <= expected < 1.25
 
 
 def test_a_second_run_goes_on(

@@ -116,6 +116,32 @@ def test_whole_ffns_are_those_with_many_tokens(ffn_row: Row) -> None:
     assert eight_bits[7:] == ["123", "0.0% (0.0%)"]
 
 
+def test_edges_have_a_line_each(ffn_row: Row) -> None:
+    row = ffn_row | {"data": "trained", "tokens": 512}
+    rectified = row | {"op": "ffn", "activation": "relu", "dtype": "float16"}
+    narrow = row | {"op": "ffn", "gated": True, "quantize": "fp8"}
+    rows = (narrow, narrow | {"quantized_model": True}, rectified, row)
+    headers, _, *lines = table("edges", *rows)
+    assert headers == [
+        *("op", "type", "features, hidden", "tokens", "dense us", "sparse us"),
+        *("gain [95 %]", "error (dense)"),
+    ]
+    assert [line[:2] for line in lines] == [
+        ["down", "fp32"],
+        ["ffn, ReLU", "fp16"],
+        ["gated ffn", "fp8"],
+        ["gated ffn, an fp8 model", "fp8"],
+    ]
+    assert lines[0][2:7] == [
+        *("4096, 16384", "512", "12,346", "1,543", "8.00x [7.90, 8.10]")
+    ]
+
+
+def test_rows_from_before_an_axis_have_its_default(ffn_row: Row) -> None:
+    old = {name: ffn_row[name] for name in ffn_row if name != "quantized_model"}
+    assert page.latest([old, ffn_row]) == [ffn_row]
+
+
 def test_few_tokens_have_densities_side_by_side(ffn_row: Row) -> None:
     gpu = ffn_row | {"sparse_gb_per_s": 1500.0, "of_copy": 0.35, "dense_us": 40.0}
     gpu |= {"sparse_us": 8.0, "masked_load_us": 32.0}

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inductor_sparse.bench.rows import FEW_TOKENS
+from inductor_sparse.bench import commands, edges
+from inductor_sparse.bench.ffn import row_key
+from inductor_sparse.bench.rows import FEW_TOKENS, is_current
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TEXT = (RESULTS / "h200.jsonl").read_text(encoding="utf-8")
 ROWS = [json.loads(line) for line in TEXT.splitlines()]
+EDGES = [
+    json.loads(line)
+    for line in (RESULTS / "h200-edges.jsonl").read_text(encoding="utf-8").splitlines()
+]
 OF_MODELS = [row for row in ROWS if row["op"] in ("down", "ffn")]
 
 
@@ -20,6 +28,22 @@ def test_nothing_that_was_rewritten_on_a_gpu_is_slower_than_dense() -> None:
     applied = [row for row in OF_MODELS if row["status"] == "applied"]
     assert len(applied) > 200
     assert min(row["ratio"] for row in applied) > 1
+
+
+def test_nothing_is_slower_where_least_is_expected() -> None:
+    assert min(row["ratio"] for row in EDGES) > 1
+    assert {row["status"] for row in EDGES} == {"applied"}
+    assert sum(row["ratio_low"] < 1 for row in EDGES) == 2
+    assert all(map(is_current, EDGES))
+    parser = argparse.ArgumentParser()
+    commands.add_arguments(parser)
+    wanted = set()
+    for line in edges.commands():
+        one = parser.parse_args([*line.split(), "--device", "cuda"])
+        (case,) = commands._model_cases(one)
+        wanted.add((*dataclasses.astuple(case), *one.tokens, *one.density))
+    assert {row_key(row) for row in EDGES} == wanted
+    assert len(EDGES) == len(wanted)
 
 
 def test_few_tokens_had_a_plan_and_many_had_none() -> None:

@@ -128,3 +128,34 @@ def test_a_few_tiles_more_than_whole_rounds_cost_less_than_a_round() -> None:
         (132, True, 2),
     ):
         assert p.cuda.rounds(tiles, 66, halves=halves) == expected
+
+
+def prefill(M: int, K: int, N: int, narrow: str, **how: bool) -> float:
+    return p.cuda.prefill_gain(M, K, N, "bfloat16", pack_dtype=narrow, **how)
+
+
+@pytest.mark.parametrize("narrow", ["float8_e4m3fn", "int8"])
+def test_8_bits_take_the_host_of_a_small_ffn_longer_than_they_save(
+    narrow: str,
+) -> None:
+    # Measured: 0.69x, and 1.3x to 1.5x, of the whole.
+    assert prefill(8192, 4096, 1024, narrow) < 1
+    assert prefill(8192, 4096, 1024, narrow, graphs=True) > 1.5
+    assert prefill(8192, 4096, 1024, "") > p.cuda.PREFILL_MARGIN
+    large = (8192, 16384, 4096, narrow)
+    assert prefill(*large) == prefill(*large, graphs=True)
+    assert prefill(4096, 8192, 2048, narrow) > p.cuda.PREFILL_MARGIN
+    # Both sides are in 8 bits: nothing is quantized that was not.
+    dtype = "float8_e4m3fn"
+    gains = {p.cuda.prefill_gain(8192, 8192, 2048, dtype, graphs=g) for g in (0, 1)}
+    assert len(gains) == 1
+
+
+def test_a_gate_is_read_by_either_side() -> None:
+    for M, K, N in ((2048, 11008, 4096), (8192, 5632, 2048)):
+        gains = [
+            prefill(M, K, N, "", graphs=True, gated=gated, replaces_activation=replaces)
+            for gated, replaces in ((False, False), (True, True), (False, True))
+        ]
+        assert gains == sorted(gains)
+        assert len(set(gains)) == 3

@@ -13,8 +13,10 @@ from numerics import skip_where_int8_saturates
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
-from inductor_sparse.decisions import Decision, Status, Tier
+from inductor_sparse import config
+from inductor_sparse.decisions import Decision, Reason, Status, Tier
 from inductor_sparse.passes import relu_squared_matmul
+from inductor_sparse.passes.gpu_regimes import HOST_BOUND
 from inductor_sparse.profitability import KERNELS, cuda
 
 D, H, N = 4096, 16384, 4096
@@ -149,6 +151,30 @@ def test_look_alikes_stay_in_16_bits(fn: Callable[..., Any], why: str) -> None:
     assert decision.detail.endswith(f"; not quantized: {why}")
     assert calls(gm, "quantized_weight") == []
     assert len(calls(gm, "sparsify24")) == 1
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_a_small_ffn_without_cuda_graphs_stays_in_16_bits(
+    quantize: str, graphs: bool
+) -> None:
+    sizes = (8192, 1024), (4096, 1024), (1024, 4096)
+    with config.patch(cuda_graphs=graphs):
+        gm, decision = run(quantize=quantize, sizes=sizes)
+        forced = {"activation_format": "2:4"}
+        _, asked_for = run(quantize=quantize, sizes=sizes, options=forced)
+    assert decision.status is asked_for.status is Status.APPLIED
+    assert len(calls(gm, "sparsify24_quantized")) == graphs
+    assert decision.detail.endswith(f"; not quantized: {HOST_BOUND}") != graphs
+    assert "not quantized" not in asked_for.detail
+
+
+def test_what_wins_in_no_number_of_bits_is_told_that_of_8() -> None:
+    sizes = (256, 1024), (4096, 1024), (1024, 4096)
+    _, decision = run(sizes=sizes)
+    assert decision.reason is Reason.NOT_PROFITABLE
+    assert decision.detail.endswith("2:4 never wins")
+    assert cuda.prefill_min_tokens(4096, 1024, "bfloat16") is not None
 
 
 @pytest.mark.parametrize(
