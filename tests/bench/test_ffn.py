@@ -83,14 +83,11 @@ def bench(models: int = 1) -> ffn._Bench:
 def test_a_quantized_model_is_what_both_sides_have() -> None:
     case = dataclasses.replace(CASE, op="ffn", quantize="fp8", quantized_model=True)
     both = dataclasses.replace(bench(), case=case, models=[case.build()])
-    (dense,), (sparse,) = (
-        both._forms(side).values() for side in ("inductor", "sparse")
-    )
-    assert isinstance(dense, QuantizedFFN) and isinstance(sparse, QuantizedFFN)
+    for side in ("inductor", "sparse"):
+        assert isinstance(both._forms(side)[""], QuantizedFFN)
     assert "sparse.quantize" not in both._sparse_options([])
-    asked = dataclasses.replace(
-        both, case=dataclasses.replace(case, quantized_model=False)
-    )
+    wide = dataclasses.replace(case, quantized_model=False)
+    asked = dataclasses.replace(both, case=wide)
     assert asked._forms("sparse")[""] is asked.model
     assert asked._sparse_options([])["sparse.quantize"] == "fp8"
 
