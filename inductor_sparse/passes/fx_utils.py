@@ -53,6 +53,7 @@ VIEWS = ORDERED_VIEWS | frozenset(
 )
 """Ops whose result holds elements of their input, each with its value."""
 
+_CUTS = frozenset({aten.slice.Tensor, aten.select.int})
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
 _SWAPPED = ([1, 0], [-1, 0], [1, -2], [-1, -2])
@@ -140,8 +141,12 @@ def peel(node: fx.Node, targets: Container[Any]) -> tuple[fx.Node, list[fx.Node]
 
 
 def source_tensor(node: fx.Node) -> fx.Node:
-    """The node under any views and casts: what decides where zeros come from."""
-    return peel(node, VIEWS | CASTS)[0]
+    """The node under any views and casts: what decides where zeros come from.
+
+    A part is a tensor of its own: two of them, as of a matmul that computes a gate and
+    its factor, have nothing to do with each other.
+    """
+    return peel(node, (VIEWS | CASTS) - _CUTS)[0]
 
 
 def is_cast(node: object) -> TypeGuard[fx.Node]:

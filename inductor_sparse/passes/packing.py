@@ -35,6 +35,15 @@ from inductor_sparse.passes.sites import MATMULS, Site, read_site
 _LINEAR = frozenset({aten.mm.default, aten.addmm.default})
 _STORED = MATMULS | {aten._scaled_mm.default}
 """What leaves its result in memory, whoever reads it."""
+_PARTS = frozenset(
+    {
+        operator.getitem,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.slice.Tensor,
+    }
+)
+"""How a gate and its factor are taken from one matmul that computes both."""
 _ops = torch.ops.inductor_sparse
 
 
@@ -124,7 +133,7 @@ def _is_all_of(product: fx.Node, factor: fx.Node) -> bool:
 
 
 def _lie_in_memory(*nodes: fx.Node) -> bool:
-    sources = [peel(node, VIEWS)[0] for node in nodes]
+    sources = [peel(node, VIEWS | _PARTS)[0] for node in nodes]
     return all(one.op == "placeholder" or is_call(one, _STORED) for one in sources)
 
 

@@ -97,6 +97,14 @@ def test_a_gate_is_multiplied_in_the_same_kernel(
     assert kernel.local == 0
 
 
+def test_a_gate_and_its_factor_may_be_parts_of_one_matrix() -> None:
+    pack = packing(way=("relu", "largest_abs"))
+    made = generate(lambda both: pack(*both.chunk(2, -1)), empty(512, 256))
+    assert len(made.triton_kernels) == 1
+    assert "UP = arg_UP + 128" in made.code
+    assert "X = arg_UP\n" in made.code
+
+
 WAYS = (("relu2", "largest"), ("identity", "largest"), ("identity", "largest_abs"))
 
 

@@ -46,6 +46,34 @@ def squeezed(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear((F.relu(g) * u).flatten(-2), down)
 
 
+def chunked(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, both).chunk(2, -1)
+    return F.linear(F.relu(gate) * up, down)
+
+
+def sliced(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
+    z, half = F.linear(x, both), len(both) // 2
+    parts = [z.narrow(-1, start, half) for start in (0, half)]
+    return F.linear(parts[1] * F.relu(parts[0]) ** 2, down)
+
+
+@pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
+@pytest.mark.parametrize("fn", [chunked, sliced])
+def test_parts_of_one_matmul_are_read_where_they_lie(
+    fn: Function, tokens: tuple[int, ...]
+) -> None:
+    shapes = (*tokens, D), (2 * H, D), (D, H)
+    args = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes]
+    gm = trace(fn, *args, device="cuda")
+    context = {"architecture": lambda device: "sm_90"}
+    (decision,) = rewrite(gm, static=[1, 2], **context).decisions
+    assert decision.activation == ("relu*up" if fn is chunked else "relu2*up")
+    (packed,) = calls(gm, "sparsify24")
+    assert packed.args[1] == decision.activation.partition("*")[0]
+    assert isinstance(packed.kwargs["up"], fx.Node)
+    assert calls(gm, "mul") == []
+
+
 def run(
     fn: Function,
     tokens: tuple[int, ...] = (4096,),
