@@ -124,7 +124,7 @@ def _add_grid(kinds: Any) -> None:
     grid.add_argument(
         "--edges",
         action="store_true",
-        help="instead, FFNs that are rewritten although little gain is expected",
+        help="instead, FFNs of small and odd sizes, other dtypes, gates, in 8 bits",
     )
     grid.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     grid.add_argument(

@@ -1,9 +1,8 @@
-"""``bench grid --edges``: FFNs of many tokens that are only just worth rewriting.
+"""``bench grid --edges``: FFNs of many tokens unlike those of the main grid.
 
-The main grid has three large sizes in bf16 and fp8.  These cases lie where the cost
-model expects least: the smallest sizes, last rounds with few tiles, numbers of tokens
-that fill no tile, other dtypes and activations, gates, and models in fp8.  None of them
-may lose.
+That has three large sizes in bf16 and fp8.  These are the smallest sizes that are
+rewritten, last rounds with few tiles, numbers of tokens that fill no tile, other dtypes
+and activations, gates, and models in fp8.  None of them may lose.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ DOWN: dict[str, tuple[Shape, ...]] = {
     ),
     "float16": ((1024, 3072, 5120), (4097, 3072, 2048)),
 }
-"""Second matmuls, of which the cost model expects 1.12x, the least that it takes."""
+"""Second matmuls, of most of which the cost model expects the least that it takes."""
 
 FFN: dict[str, tuple[Shape, ...]] = {
     "--no-gated --dtype bfloat16": (

@@ -220,9 +220,13 @@ def union_density(model: Model, x: Tensor) -> float:
 def dropped_energy(model: Model, x: Tensor) -> float:
     """Fraction of the activation's sum of squares that the 2:4 format would drop."""
     with torch.no_grad():
-        z_MF = model.pre_activation(sample(x))
-        hidden_MF = activate(z_MF, model.activation).float()
-        values, _ = reference.sparsify24(z_MF, model.activation, "largest")
+        z_MF, gate = model.pre_activation(sample(x)), None
+        hidden_MF, select = activate(z_MF, model.activation), "largest"
+        if isinstance(model, FeedForward) and model.up is not None:
+            gate, select = model.up(sample(x)), "largest_abs"
+            hidden_MF = hidden_MF * gate
+        values, _ = reference.sparsify24(z_MF, model.activation, select, gate)
+        hidden_MF = hidden_MF.float()
         kept = values.float().square().sum(dtype=torch.float64)
         total = hidden_MF.square().sum(dtype=torch.float64)
         return max(0.0, 1.0 - (kept / total.clamp_min(1e-300)).item())

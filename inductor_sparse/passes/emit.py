@@ -12,6 +12,7 @@ from inductor_sparse.passes.activations import as_relu, as_relu_squared
 from inductor_sparse.passes.fx_utils import (
     VIEWS,
     aten,
+    input_of,
     insert_call,
     is_call,
     is_row_major,
@@ -102,3 +103,17 @@ def shared_call(
         if same and user.kwargs == (kwargs or {}) and user < before:
             return user
     return insert_call(before, target, args, kwargs)
+
+
+def first_equal(node: fx.Node) -> fx.Node:
+    """The first view of a tensor that is the same as this one, or the node itself.
+
+    Layers view an input of three dimensions as a matrix, each for itself.
+    """
+    if not is_call(node, VIEWS):
+        return node
+    for user in input_of(node).users:
+        same = is_call(user, {node.target}) and user.args == node.args
+        if same and user.kwargs == node.kwargs and user < node:
+            return user
+    return node

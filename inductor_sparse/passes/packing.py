@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_sparse.passes.emit import direct_input, replay_views, shared_call
+from inductor_sparse.passes.emit import (
+    direct_input,
+    first_equal,
+    replay_views,
+    shared_call,
+)
 from inductor_sparse.passes.fx_utils import (
     ORDERED_VIEWS,
     VIEWS,
@@ -80,7 +85,7 @@ class Packable:
 
     def emit(self, target: Any, before: fx.Node, *arguments: object) -> fx.Node:
         """A call of a packing op; two sites of one activation share it."""
-        z = replay_views(self.views, self.z, before, shared_call)
+        z = first_equal(replay_views(self.views, self.z, before, shared_call))
         gate = {}
         if self.up is not None:
             gate["up"] = replay_views(self.up_views, self.up, before, shared_call)
@@ -109,6 +114,14 @@ def _read_gated(site: Site) -> Packable | None:
     Otherwise a kernel would have to write them first, which is what multiplying them
     there spares.
     """
+    factors = read_factors(site)
+    if factors is None or not _lie_in_memory(factors.z, factors.up):
+        return None
+    return factors
+
+
+def read_factors(site: Site) -> Packable | None:
+    """The gate and its factor behind the left operand of a site, or None."""
     producer = site.producer
     if producer is None or producer.gate is None or producer.up is None:
         return None
@@ -119,7 +132,7 @@ def _read_gated(site: Site) -> Packable | None:
     activation, z, gate_views = direct_input(gate)
     values = [tensor_of(node) for node in (product, z, up)]
     fits = len({value.dtype for value in values if value is not None}) == 1
-    if activation == "identity" or not fits or not _lie_in_memory(z, up):
+    if activation == "identity" or not fits:
         return None
     if not _is_all_of(product, gate) or not _is_all_of(product, up):
         return None
@@ -132,8 +145,8 @@ def _is_all_of(product: fx.Node, factor: fx.Node) -> bool:
     return whole is not None and value is not None and same_shape(whole, value)
 
 
-def _lie_in_memory(*nodes: fx.Node) -> bool:
-    sources = [peel(node, VIEWS | _PARTS)[0] for node in nodes]
+def _lie_in_memory(*nodes: fx.Node | None) -> bool:
+    sources = [peel(node, VIEWS | _PARTS)[0] for node in nodes if node is not None]
     return all(one.op == "placeholder" or is_call(one, _STORED) for one in sources)
 
 
@@ -150,12 +163,17 @@ def replaces_activation(site: Site) -> bool:
     producer = site.producer
     if producer is None or (producer.z is None and _read_gated(site) is None):
         return False
-    readers = set(producer.node.users)
+    return is_only_read_by(producer.node, MATMULS)
+
+
+def is_only_read_by(activation: fx.Node, targets: frozenset[Any]) -> bool:
+    """Whether nothing but calls of these reads an activation, however it is viewed."""
+    readers = set(activation.users)
     while readers:
         node = readers.pop()
         if is_call(node, VIEWS):
             readers |= set(node.users)
-        elif not is_call(node, MATMULS):
+        elif not is_call(node, targets):
             return False
     return True
 

@@ -36,10 +36,12 @@ from inductor_sparse import reference
 from inductor_sparse._compat import decide
 from inductor_sparse.passes.emit import (
     emit_activation_spmm,
+    first_equal,
     scaled_and_shifted,
     shared_call,
 )
 from inductor_sparse.passes.fx_utils import (
+    ORDERED_VIEWS,
     VIEWS,
     aten,
     insert_call,
@@ -55,11 +57,13 @@ from inductor_sparse.passes.packing import (
     Packable,
     fusable_linear,
     has_bias_by_feature,
+    is_only_read_by,
+    read_factors,
     read_packable,
     replaces_activation,
 )
 from inductor_sparse.passes.producers import Family
-from inductor_sparse.passes.sites import Rejection, Site, read_site
+from inductor_sparse.passes.sites import MATMULS, Rejection, Site, read_site
 from inductor_sparse.passes.weights import Copy, static_window
 
 if TYPE_CHECKING:
@@ -79,6 +83,8 @@ them, so that its limit is higher."""
 
 _OPERANDS = (aten.mm.default, aten.addmm.default)
 _ops = torch.ops.inductor_sparse
+_READERS = MATMULS | {_ops.sparsify24_quantized.default}
+"""What may read a product that is multiplied before it is packed, as in int8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +130,16 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
         return "only a ReLU or ReLU² FFN in bfloat16 or float16 can be"
     if dtype == torch.float8_e4m3fn and site.dtype != "bfloat16":
         return "fp8 products with per-row scales need a bfloat16 model"
-    packable = read_packable(site, replaced=replaces_activation(site))
+    product, _ = peel(site.lhs, ORDERED_VIEWS)
+    # Where they lie does not matter yet: the matmuls before are about to be others.
+    factors = read_factors(site) if is_only_read_by(product, _READERS) else None
+    packable = factors or read_packable(site, replaced=False)
     w2 = _stored(site, dtype, context)
     if isinstance(w2, str):
         return w2
     if packable.activation == "identity":
         return "something lies between the activation and its matmul"
-    firsts = _read_firsts(packable, dtype, context)
+    firsts = _read_firsts(packable, product, dtype, context)
     if isinstance(firsts, str):
         return firsts
     # Under "auto" so few tokens are not packed; "2:4" packs any number of them.
@@ -142,21 +151,28 @@ def read_ffn(site: Site, context: PassContext) -> QuantizedFfn | str:
 
 
 def _read_firsts(
-    packable: Packable, dtype: torch.dtype, context: PassContext
+    packable: Packable, product: fx.Node, dtype: torch.dtype, context: PassContext
 ) -> tuple[First, ...] | str:
     """The matmuls whose results are activated or multiplied, if not yet rewritten."""
-    operands = [(packable.z, aten.relu.default)]
+
+    def activates(reader: fx.Node) -> bool:
+        return is_call(reader, {aten.relu.default})
+
+    def multiplies(reader: fx.Node) -> bool:
+        return reader is product
+
+    operands = [(packable.z, activates)]
     if packable.up is not None:
-        operands.append((packable.up, aten.mul.Tensor))
+        operands.append((packable.up, multiplies))
     firsts = []
-    for operand, reader in operands:
+    for operand, reads in operands:
         core, _ = peel(operand, VIEWS)
         if core.meta.get(_DONE) == dtype:
             continue
         first = read_site(core)
         if first is None or core.target not in _OPERANDS:
             return "the activation is not that of a linear layer"
-        if not _only_read_by(core, reader):
+        if not _all_readers(core, reads):
             return "the layer before the activation is read by something else"
         weight = _stored(first, dtype, context)
         if isinstance(weight, str):
@@ -201,10 +217,10 @@ _DONE = "inductor_sparse_quantized"
 """``node.meta`` key: the dtype in which a matmul before an activation now runs."""
 
 
-def _only_read_by(node: fx.Node, target: object) -> bool:
-    """Whether nothing but calls of ``target`` read a node, however it is viewed."""
+def _all_readers(node: fx.Node, test: Callable[[fx.Node], bool]) -> bool:
+    """Whether all readers of a node, however it is viewed, pass a test."""
     return all(
-        _only_read_by(user, target) if is_call(user, VIEWS) else is_call(user, {target})
+        test(user) or (is_call(user, VIEWS) and _all_readers(user, test))
         for user in node.users
     )
 
@@ -332,7 +348,8 @@ def _emit_weight(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _emit_first(one: First, dtype: torch.dtype) -> None:
     """Replace a matmul before the activation by its 8-bit form."""
     first, before = one.site, one.site.matmul
-    rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, dtype))
+    x = first_equal(first.lhs)
+    rows = shared_call(before, _ops.quantize_rows.default, (x, dtype))
     x_MD, scale_M = _items(rows, 2, before)
     w_DF, scale_F = _emit_weight(one.weight, before)
     column = insert_call(before, aten.unsqueeze.default, (scale_M, 1))

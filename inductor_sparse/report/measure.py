@@ -145,9 +145,9 @@ class MeasuringInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Compute ``n`` as usual; measure what is read or packed at a site."""
         for site in self._sites.get(n, ()):
-            args, _ = self.fetch_args_kwargs_from_env(n)
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
             stats = self._measured.stats.setdefault(site, SiteStats())
-            stats.add(matmul_operand(n.target, args))
+            stats.add(matmul_operand(n.target, args, kwargs))
         result = super().run_node(n)
         for site, transposed in self._operands.get(n.name, ()):
             stats = self._measured.stats.setdefault(site, SiteStats())
@@ -187,7 +187,9 @@ def packed_by(product: fx.Node) -> str:
     return "" if node is None else op_name(node)
 
 
-def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
+def matmul_operand(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     """The left operand that the matmul of a site multiplies, with its zeros.
 
     For a packed product it is what there was before two of four were selected.
@@ -195,6 +197,7 @@ def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
     Args:
         target: the op of the node: one of ours, or the matmul that stayed dense.
         args: its positional arguments as real tensors.
+        kwargs: the others.
     """
     if target is _ops.activation_spmm.default:
         z, _, activation, *_counters = args
@@ -211,7 +214,11 @@ def matmul_operand(target: Any, args: tuple[Any, ...]) -> Tensor:
         *layer, _, activation, _ = args[:8]
         return reference.activation(reference.scaled_linear(*layer), activation)
     if target in _PACKERS:
-        return reference.activation(args[0], args[1])
+        names = (argument.name for argument in target._schema.arguments)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        activated = reference.activation(given["x"], given["activation"])
+        up = given.get("up")  # what a gate is multiplied by
+        return activated if up is None else activated * up
     if target in (_aten.addmm.default, _aten.baddbmm.default):
         return args[1]
     return args[0]

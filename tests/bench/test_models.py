@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from inductor_sparse import reference
 from inductor_sparse.bench.models import (
     FeedForward,
     ModelCase,
     activate,
+    dropped_energy,
     errors,
     measured_density,
     sample,
@@ -18,6 +20,21 @@ DOWN = ModelCase("down", False, "relu2", "float32", features=32, hidden=512)
 FFN = dataclasses.replace(DOWN, op="ffn")
 GATED = dataclasses.replace(FFN, gated=True)
 CASES = [DOWN, FFN, GATED]
+
+
+def test_what_2_to_4_drops_is_that_of_the_product() -> None:
+    model = GATED.build()
+    x = GATED.make_input(8, 0.5, seed=0)
+    with torch.no_grad():
+        assert model.up is not None
+        product = activate(model.pre_activation(x), "relu2") * model.up(x)
+    expected = reference.dropped_energy(product, "identity", "largest_abs")
+    assert dropped_energy(model, x) == pytest.approx(expected, rel=1e-3)
+    plain = FFN.build()
+    z = plain.pre_activation(FFN.make_input(8, 0.5, seed=0))
+    lost = reference.dropped_energy(z.detach(), "relu2", "largest")
+    found = dropped_energy(plain, FFN.make_input(8, 0.5, seed=0))
+    assert found == pytest.approx(lost, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 from inductor_sparse import config, decisions
 
@@ -27,7 +29,8 @@ D, H, M = 2048, 8192, 4096
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     torch._dynamo.reset()
-    with config.patch(cuda_graphs=True):
+    # A graph from the cache has no code to look at.
+    with config.patch(cuda_graphs=True), inductor_config.patch(fx_graph_cache=False):
         yield
     torch._dynamo.reset()
 
@@ -52,6 +55,10 @@ def error_of(module: nn.Module, x: Tensor, **how: object) -> float:
     """The relative error of a compiled module that was rewritten."""
     compiled = torch.compile(module, backend="sparse", **how)
     with decisions.collect() as log:
+        _, code = run_and_get_code(compiled, x)
+        # Products of int8 are scaled by a kernel, which multiplies the gate.
+        fuses = how.get("options") != {"sparse.quantize": "int8"}
+        assert ("GATED : tl.constexpr = True" in "".join(code)) == fuses
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
             found = compiled(x).clone()

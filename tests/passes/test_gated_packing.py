@@ -162,27 +162,42 @@ def test_what_is_written_anyway_is_packed_from_there(fn: Function) -> None:
     assert decision.expected_gain == gain
 
 
-def test_two_matmuls_share_what_is_packed() -> None:
-    def fn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
+@pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
+def test_two_matmuls_share_what_is_packed(
+    tokens: tuple[int, ...], quantize: str
+) -> None:
+    def fn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, other: Tensor) -> Tensor:
         h = F.relu(F.linear(x, gate)) * F.linear(x, up)
-        return F.linear(h, down) + F.linear(h, down.clone())
+        return F.linear(h, down) + F.linear(h, other)
 
-    args = [(4096, D), (H, D), (H, D), (D, H)]
+    args = [(*tokens, D), (H, D), (H, D), (D, H), (D, H)]
     given = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in args]
     gm = trace(fn, *given, device="cuda")
-    record = rewrite(gm, static=[1, 2, 3], architecture=lambda device: "sm_90")
+    record = rewrite(
+        gm,
+        static=[1, 2, 3, 4],
+        architecture=lambda device: "sm_90",
+        options={"quantize": quantize},
+    )
     assert len(record.applied) == len(calls(gm, "sparse24_mm")) == 2
-    assert len(calls(gm, "sparsify24")) == 1
+    gains = [decision.expected_gain for decision in record.applied]
+    assert min(gains) > 1.5 or max(gains) < 1.5
+    assert (min(gains) > 1.5) == (quantize != "none")
+    packing = "sparsify24" if quantize == "none" else "sparsify24_quantized"
+    assert len(calls(gm, packing)) == 1
+    assert len(calls(gm, "quantize_rows")) == (quantize != "none")
 
 
+@pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
 @pytest.mark.parametrize("fn", [relu_glu, relu2_glu, biased, squeezed])
 @pytest.mark.parametrize(
     ("quantize", "first"), [("fp8", "_scaled_mm"), ("int8", "_int_mm")]
 )
 def test_all_three_matmuls_run_in_8_bits(
-    fn: Function, quantize: str, first: str
+    fn: Function, quantize: str, first: str, tokens: tuple[int, ...]
 ) -> None:
-    gm, decision = run(fn, quantize=quantize)
+    gm, decision = run(fn, tokens, quantize=quantize)
     assert "not quantized" not in decision.detail
     assert decision.weight_copy_bytes == 3 * D * H + 4 * (2 * H + D)
     assert len(calls(gm, first)) == 2
@@ -195,10 +210,11 @@ def test_all_three_matmuls_run_in_8_bits(
     assert (packed.args[1] == "identity") == (quantize == "int8")
 
 
-def test_up_that_something_else_reads_is_not_quantized() -> None:
+@pytest.mark.parametrize("other", [torch.sum, lambda u: u * 3, torch.relu])
+def test_up_that_something_else_reads_is_not_quantized(other: Function) -> None:
     def fn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Any:
         u = F.linear(x, up)
-        return F.linear(F.relu(F.linear(x, gate)) * u, down), u.sum()
+        return F.linear(F.relu(F.linear(x, gate)) * u, down), other(u)
 
     gm, decision = run(fn, quantize="fp8")
     why = "; not quantized: the layer before the activation is read by something else"

@@ -142,7 +142,7 @@ def gated_by_itself(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         (read_twice, "the layer before the activation is read by something else"),
         (without_first, "the activation is not that of a linear layer"),
         (scaled, "something lies between the activation and its matmul"),
-        (gated_by_itself, "something lies between the activation and its matmul"),
+        (gated_by_itself, "the layer before the activation is read by something else"),
     ],
 )
 def test_look_alikes_stay_in_16_bits(fn: Callable[..., Any], why: str) -> None:

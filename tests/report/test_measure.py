@@ -81,6 +81,26 @@ def test_gated_site_measures_the_product_of_open_neurons() -> None:
     assert stats.dropped_energy == 0.0
 
 
+@pytest.mark.parametrize("quantized", [(), (torch.int8,)], ids=["16 bits", "8 bits"])
+def test_a_packed_gate_is_measured_with_its_factor(
+    quantized: tuple[torch.dtype, ...],
+) -> None:
+    def fn(z: Tensor, up: Tensor, w: Tensor) -> Tensor:
+        op = ops.sparsify24_quantized if quantized else ops.sparsify24
+        values, words, *scale = op(z, "relu", "largest_abs", *quantized, up=up)
+        w = w.to(*quantized) if quantized else w
+        return ops.sparse24_mm(values, words, w, *scale)
+
+    up = torch.tensor([[0.0, 9.0, 0.0, -2.0]] * 2)
+    _, stats = run_measured(fn, ops.sparse24_mm.default, Z, up, W)
+    _, expected = run_measured(
+        lambda z, up, w: (z.relu() * up) @ w, aten.mm.default, Z, up, W
+    )
+    assert stats == expected
+    _, alone = run_measured(lambda z, w: z.relu() @ w, aten.mm.default, Z, W)
+    assert stats != alone
+
+
 def test_row_major_weight_is_viewed_not_copied() -> None:
     weight = torch.randn(3, 4)
 
