@@ -40,7 +40,7 @@ from inductor_sparse.passes.sites import MATMULS, Site, read_site
 _LINEAR = frozenset({aten.mm.default, aten.addmm.default})
 _STORED = MATMULS | {aten._scaled_mm.default}
 """What leaves its result in memory, whoever reads it."""
-_PARTS = frozenset(
+WINDOWS = VIEWS | frozenset(
     {
         operator.getitem,
         aten.split.Tensor,
@@ -48,7 +48,7 @@ _PARTS = frozenset(
         aten.slice.Tensor,
     }
 )
-"""How a gate and its factor are taken from one matmul that computes both."""
+"""Views, also as a gate and its factor are taken from one matmul for both."""
 _ops = torch.ops.inductor_sparse
 
 
@@ -146,7 +146,7 @@ def _is_all_of(product: fx.Node, factor: fx.Node) -> bool:
 
 
 def _lie_in_memory(*nodes: fx.Node | None) -> bool:
-    sources = [peel(node, VIEWS | _PARTS)[0] for node in nodes if node is not None]
+    sources = [peel(node, WINDOWS)[0] for node in nodes if node is not None]
     return all(one.op == "placeholder" or is_call(one, _STORED) for one in sources)
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,6 @@ from inductor_sparse.passes.emit import (
 )
 from inductor_sparse.passes.fx_utils import (
     ORDERED_VIEWS,
-    VIEWS,
     aten,
     insert_call,
     insert_traced,
@@ -54,6 +53,7 @@ from inductor_sparse.passes.fx_utils import (
 from inductor_sparse.passes.gpu_obstacles import kernel_obstacle
 from inductor_sparse.passes.packing import (
     READ_ELSEWHERE,
+    WINDOWS,
     Packable,
     fusable_linear,
     has_bias_by_feature,
@@ -161,18 +161,18 @@ def _read_firsts(
     def multiplies(reader: fx.Node) -> bool:
         return reader is product
 
-    operands = [(packable.z, activates)]
+    readers = {peel(packable.z, WINDOWS)[0]: [activates]}
     if packable.up is not None:
-        operands.append((packable.up, multiplies))
+        # One matmul may compute both.
+        readers.setdefault(peel(packable.up, WINDOWS)[0], []).append(multiplies)
     firsts = []
-    for operand, reads in operands:
-        core, _ = peel(operand, VIEWS)
+    for core, tests in readers.items():
         if core.meta.get(_DONE) == dtype:
             continue
         first = read_site(core)
         if first is None or core.target not in _OPERANDS:
             return "the activation is not that of a linear layer"
-        if not _all_readers(core, reads):
+        if not _all_readers(core, tests):
             return "the layer before the activation is read by something else"
         weight = _stored(first, dtype, context)
         if isinstance(weight, str):
@@ -217,10 +217,11 @@ _DONE = "inductor_sparse_quantized"
 """``node.meta`` key: the dtype in which a matmul before an activation now runs."""
 
 
-def _all_readers(node: fx.Node, test: Callable[[fx.Node], bool]) -> bool:
-    """Whether all readers of a node, however it is viewed, pass a test."""
+def _all_readers(node: fx.Node, tests: Sequence[Callable[[fx.Node], bool]]) -> bool:
+    """Whether all readers of a node, however it is viewed, pass one of the tests."""
     return all(
-        test(user) or (is_call(user, VIEWS) and _all_readers(user, test))
+        any(test(user) for test in tests)
+        or (is_call(user, WINDOWS) and _all_readers(user, tests))
         for user in node.users
     )
 

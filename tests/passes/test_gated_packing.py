@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_within_budget
+from numerics import assert_within_budget, skip_where_int8_saturates
 from row_quantization import FP8, WAYS, Quantized, product
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
@@ -57,18 +57,26 @@ def sliced(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
     return F.linear(parts[1] * F.relu(parts[0]) ** 2, down)
 
 
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
 @pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
 @pytest.mark.parametrize("fn", [chunked, sliced])
 def test_parts_of_one_matmul_are_read_where_they_lie(
-    fn: Function, tokens: tuple[int, ...]
+    fn: Function, tokens: tuple[int, ...], quantize: str
 ) -> None:
     shapes = (*tokens, D), (2 * H, D), (D, H)
     args = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes]
     gm = trace(fn, *args, device="cuda")
-    context = {"architecture": lambda device: "sm_90"}
+    options = {"quantize": quantize}
+    context = {"architecture": lambda device: "sm_90", "options": options}
     (decision,) = rewrite(gm, static=[1, 2], **context).decisions
     assert decision.activation == ("relu*up" if fn is chunked else "relu2*up")
-    (packed,) = calls(gm, "sparsify24")
+    assert "not quantized" not in decision.detail
+    name = "sparsify24" if quantize == "none" else "sparsify24_quantized"
+    (packed,) = calls(gm, name)
+    assert len(calls(gm, "quantize_rows")) == (quantize != "none")
+    if quantize == "int8":
+        assert packed.args[1] == "identity"
+        return
     assert packed.args[1] == decision.activation.partition("*")[0]
     assert isinstance(packed.kwargs["up"], fx.Node)
     assert calls(gm, "mul") == []
@@ -108,22 +116,42 @@ def test_the_gate_is_multiplied_where_it_is_packed(
     assert decision.expected_gain == gain
 
 
-@pytest.mark.parametrize("fn", [relu_glu, relu2_glu, squeezed])
-def test_it_computes_the_same(fn: Function) -> None:
-    # A sixth is positive, one in each half of four: nothing is dropped.
-    forced = {"activation_format": "2:4"}
-    gm, decision = run(fn, (70,), (64, 128), **forced)
-    assert decision.status is Status.APPLIED
+def small(fn: Function, tokens: tuple[int, ...]) -> list[Tensor]:
+    """Arguments of which few gates of four are open, so that nothing is dropped."""
     generator = torch.Generator().manual_seed(0)
-    x, *weights = (
+    shapes = [(128, 64), (128, 64)] if fn not in (chunked, sliced) else [(256, 64)]
+    x, first, *others = (
         torch.randn(size, generator=generator).bfloat16()
-        for size in ((70, 64), (128, 64), (128, 64), (64, 128))
+        for size in ((*tokens, 64), *shapes, (64, 128))
     )
-    x = x.abs()
-    weights[0][::2] = -weights[0][::2].abs() - 1
-    given = (x, *weights)
+    first[:128:2] = -first[:128:2].abs() - 1
+    return [x.abs(), first, *others]
+
+
+EVERY = [relu_glu, relu2_glu, squeezed, chunked, sliced]
+
+
+@pytest.mark.parametrize("tokens", [(70,), (2, 35)], ids=str)
+@pytest.mark.parametrize("fn", EVERY)
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
+def test_it_computes_the_same(
+    quantize: str, fn: Function, tokens: tuple[int, ...]
+) -> None:
+    if quantize == "int8":
+        skip_where_int8_saturates()
+    given = small(fn, tokens)
+    gm = trace(fn, *given, device="cuda")
+    options = {"activation_format": "2:4", "quantize": quantize}
+    context = {"architecture": lambda device: "sm_90", "options": options}
+    (decision,) = rewrite(gm, static=range(1, len(given)), **context).decisions
+    assert decision.status is Status.APPLIED
+    assert "not quantized" not in decision.detail
     exact = fn(*(one.double() for one in given))
-    assert_within_budget(gm(*given), fn(*given), exact)
+    if quantize == "none":
+        assert_within_budget(gm(*given), fn(*given), exact)
+    else:
+        found = gm(*given).double()
+        assert 1e-4 < (found - exact).norm() / exact.norm() < 0.08
 
 
 def read_elsewhere(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Any:
