@@ -134,15 +134,7 @@ def read_factors(site: Site) -> Packable | None:
     fits = len({value.dtype for value in values if value is not None}) == 1
     if activation == "identity" or not fits:
         return None
-    if not _is_all_of(product, gate) or not _is_all_of(product, up):
-        return None
     return Packable(z, activation, (*views, *gate_views), up, views)
-
-
-def _is_all_of(product: fx.Node, factor: fx.Node) -> bool:
-    """Whether a factor has the shape of the product: nothing is broadcast."""
-    whole, value = tensor_of(product), tensor_of(factor)
-    return whole is not None and value is not None and same_shape(whole, value)
 
 
 def _lie_in_memory(*nodes: fx.Node | None) -> bool:

@@ -15,6 +15,7 @@ from tracing import calls, rewrite, trace
 
 from inductor_sparse import config
 from inductor_sparse.decisions import Decision, Status
+from inductor_sparse.passes.fx_utils import VIEWS, peel
 from inductor_sparse.profitability import cuda
 
 D, H = 4096, 11008
@@ -44,6 +45,11 @@ def biased(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def squeezed(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     g, u = (F.linear(x, w).unflatten(-1, (-1, 64)) for w in (gate, up))
     return F.linear((F.relu(g) * u).flatten(-2), down)
+
+
+def regrouped(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    g = F.relu(F.linear(x, gate)).unflatten(-1, (-1, 64)).flatten(-2)
+    return F.linear((g * F.linear(x, up)).unflatten(-1, (-1, 32)).flatten(-2), down)
 
 
 def chunked(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def run(
 
 @pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("fn", [relu_glu, relu2_glu, biased, squeezed])
+@pytest.mark.parametrize("fn", [relu_glu, relu2_glu, biased, squeezed, regrouped])
 def test_the_gate_is_multiplied_where_it_is_packed(
     fn: Function, dtype: torch.dtype, tokens: tuple[int, ...]
 ) -> None:
@@ -128,7 +134,7 @@ def small(fn: Function, tokens: tuple[int, ...]) -> list[Tensor]:
     return [x.abs(), first, *others]
 
 
-EVERY = [relu_glu, relu2_glu, squeezed, chunked, sliced]
+EVERY = [relu_glu, relu2_glu, squeezed, regrouped, chunked, sliced]
 
 
 @pytest.mark.parametrize("tokens", [(70,), (2, 35)], ids=str)
@@ -176,8 +182,17 @@ def scaled(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, gate)) * F.linear(x, up) * 2, down)
 
 
+def viewed_and_scaled(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    h = F.relu(F.linear(x, gate)) * F.linear(x, up)
+    return F.linear((h.unflatten(-1, (-1, 64)) * 2).flatten(-2), down)
+
+
 @pytest.mark.parametrize(
-    "fn", [read_elsewhere, both_rectified, computed_gate, wider_gate, scaled]
+    "fn",
+    [
+        *(read_elsewhere, both_rectified, computed_gate, wider_gate, scaled),
+        viewed_and_scaled,
+    ],
 )
 def test_what_is_written_anyway_is_packed_from_there(fn: Function) -> None:
     gm, decision = run(fn)
@@ -188,6 +203,20 @@ def test_what_is_written_anyway_is_packed_from_there(fn: Function) -> None:
         *(4096, H, D, "bfloat16"), graphs=True, replaces_activation=False
     )
     assert decision.expected_gain == gain
+
+
+def test_a_gate_of_integers_is_multiplied_before() -> None:
+    def fn(g: Tensor, mask: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.relu(g) * mask, down)
+
+    g, down = (
+        torch.empty(n, H, dtype=torch.bfloat16, device="meta") for n in (4096, D)
+    )
+    mask = torch.empty(4096, H, dtype=torch.int32, device="meta")
+    gm = trace(fn, g, mask, down, device="cuda")
+    record = rewrite(gm, static=[2], architecture=lambda device: "sm_90")
+    assert len(record.applied) == 1
+    assert calls(gm, "sparsify24")[0].args[1] == "identity"
 
 
 @pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
@@ -218,7 +247,7 @@ def test_two_matmuls_share_what_is_packed(
 
 
 @pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
-@pytest.mark.parametrize("fn", [relu_glu, relu2_glu, biased, squeezed])
+@pytest.mark.parametrize("fn", [relu_glu, relu2_glu, biased, squeezed, regrouped])
 @pytest.mark.parametrize(
     ("quantize", "first"), [("fp8", "_scaled_mm"), ("int8", "_int_mm")]
 )
@@ -256,20 +285,23 @@ def test_scales_of_a_gated_product_are_not_predicted() -> None:
     assert len(calls(gm, "sparsify24_quantized")) == 1
 
 
+@pytest.mark.parametrize("tokens", [(4096,), (2, 2048)], ids=str)
 @pytest.mark.parametrize("quantize", WAYS)
 def test_a_product_that_was_quantized_before(
-    quantize: Callable[[Tensor], Quantized],
+    quantize: Callable[[Tensor], Quantized], tokens: tuple[int, ...]
 ) -> None:
     def fn(g: Tensor, u: Tensor, w: Tensor, t: Tensor) -> Tensor:
         return product(*quantize(F.relu(g) ** 2 * u), w, t)
 
-    g = torch.empty(4096, H, dtype=torch.bfloat16, device="meta")
+    g = torch.empty(*tokens, H, dtype=torch.bfloat16, device="meta")
     w = torch.empty(D, H, dtype=FP8, device="meta")
     gm = trace(fn, g, g, w, torch.empty(1, D, device="meta"), device="cuda")
     context = {"architecture": lambda device: "sm_90"}
     (decision,) = rewrite(gm, static=[2, 3], **context).decisions
     (packed,) = calls(gm, "sparsify24_quantized")
     assert packed.args[1:4] == ("relu2", "largest_abs", FP8)
-    assert packed.kwargs["up"] is gm.graph.find_nodes(op="placeholder")[1]
+    up = packed.kwargs["up"]
+    assert isinstance(up, fx.Node) and up.meta["val"].shape == (4096, H)
+    assert peel(up, VIEWS)[0] is gm.graph.find_nodes(op="placeholder")[1]
     gain = cuda.prefill_gain(4096, H, D, "float8_e4m3fn", graphs=True, gated=True)
     assert decision.expected_gain == gain
