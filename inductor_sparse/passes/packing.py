@@ -127,7 +127,7 @@ def read_factors(site: Site) -> Packable | None:
         return None
     product, views = peel(site.lhs, ORDERED_VIEWS)
     gate, up = producer.gate, producer.up
-    if not is_call(product, {aten.mul.Tensor}) or {*product.args} != {gate, up}:
+    if not is_call(product, {aten.mul.Tensor}) or product is not producer.node:
         return None
     activation, z, gate_views = direct_input(gate)
     values = [tensor_of(node) for node in (product, z, up)]

@@ -305,3 +305,16 @@ def test_a_product_that_was_quantized_before(
     assert peel(up, VIEWS)[0] is gm.graph.find_nodes(op="placeholder")[1]
     gain = cuda.prefill_gain(4096, H, D, "float8_e4m3fn", graphs=True, gated=True)
     assert decision.expected_gain == gain
+
+
+def test_a_scaled_product_that_was_quantized_is_written_before() -> None:
+    def fn(g: Tensor, u: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        h = (F.relu(g) * u).neg().neg() * u.narrow(1, 0, 1)
+        return product(*WAYS[0](h), w, t)
+
+    g = torch.empty(4096, H, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(D, H, dtype=FP8, device="meta")
+    gm = trace(fn, g, g, w, torch.empty(1, D, device="meta"), device="cuda")
+    rewrite(gm, static=[2, 3], architecture=lambda device: "sm_90")
+    (packed,) = calls(gm, "sparsify24_quantized")
+    assert packed.args[1] == "identity"

@@ -151,6 +151,19 @@ def test_8_bits_take_the_host_of_a_small_ffn_longer_than_they_save(
     assert len(gains) == 1
 
 
+def test_a_gate_gives_the_host_time_and_takes_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = (2048, 5632, 2048, "float8_e4m3fn")
+    gain = prefill(*small, gated=True)
+    monkeypatch.setattr(p.cuda, "_NARROW_HOST_US", 0.0)
+    p.cuda.prefill_gain.cache_clear()
+    free = prefill(*small, gated=True)
+    assert gain < free
+    assert prefill(*small) + 0.1 < free
+    p.cuda.prefill_gain.cache_clear()
+
+
 def test_a_gate_is_read_by_either_side() -> None:
     for M, K, N in ((2048, 11008, 4096), (8192, 5632, 2048)):
         gains = [
