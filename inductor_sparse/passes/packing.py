@@ -41,12 +41,7 @@ _LINEAR = frozenset({aten.mm.default, aten.addmm.default})
 _STORED = MATMULS | {aten._scaled_mm.default}
 """What leaves its result in memory, whoever reads it."""
 WINDOWS = VIEWS | frozenset(
-    {
-        operator.getitem,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.slice.Tensor,
-    }
+    {operator.getitem, aten.split.Tensor, aten.split_with_sizes.default}
 )
 """Views, also as a gate and its factor are taken from one matmul for both."""
 _ops = torch.ops.inductor_sparse
