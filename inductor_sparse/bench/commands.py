@@ -344,11 +344,12 @@ def _bench_compile(arguments: argparse.Namespace) -> int:
 
 def _bench_grid(arguments: argparse.Namespace) -> int:
     """``bench grid``."""
-    from inductor_sparse.bench import grid
+    from inductor_sparse.bench import edges, grid
 
+    lines = edges.commands() if arguments.edges else grid.commands()
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return grid.run(arguments, parser.parse_args)
+    return grid.run(lines, arguments, parser.parse_args)
 
 
 def _bench_plot(arguments: argparse.Namespace) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from inductor_sparse.bench.grid import ONE_DATA
+
 Shape = tuple[int, int, int]
 """Tokens, features, hidden features."""
-
-_DATA = "--settings default --data trained --density 0.1"
 
 DOWN: dict[str, tuple[Shape, ...]] = {
     "bfloat16": (
@@ -76,4 +76,5 @@ def commands() -> Iterator[str]:
 
 def _line(how: str, shape: Shape) -> str:
     tokens, features, hidden = shape
-    return f"ffn {how} --size {features}x{hidden} --tokens {tokens} {_DATA}"
+    sizes = f"--size {features}x{hidden} --tokens {tokens}"
+    return f"ffn {how} {sizes} --settings default {ONE_DATA}"

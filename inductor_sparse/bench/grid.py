@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from inductor_sparse.bench import edges
 from inductor_sparse.errors import SparseError
 
 SIZES = ("4096x16384", "8192x28672", "5120x21504")
@@ -59,14 +58,19 @@ def commands() -> Iterator[str]:
             yield from _ffn(size, str(tokens), BOTH_SETTINGS)
 
 
-def run(arguments: argparse.Namespace, parse: Callable[..., argparse.Namespace]) -> int:
+def run(
+    lines: Iterable[str],
+    arguments: argparse.Namespace,
+    parse: Callable[..., argparse.Namespace],
+) -> int:
     """Run the commands until they or the minutes are at an end.
 
     A command that fails is reported and left, for the others' sake.
 
     Args:
-        arguments: of ``bench grid``; with ``edges`` those of
-            :mod:`inductor_sparse.bench.edges` are run instead.
+        lines: the commands, from :func:`commands` or
+            :func:`inductor_sparse.bench.edges.commands`.
+        arguments: of ``bench grid``.
         parse: turns the arguments of a ``bench`` command into a namespace.
 
     Returns:
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace, parse: Callable[..., argparse.Namespace])
     """
     end = time.monotonic() + 60 * arguments.minutes
     failed = 0
-    for line in edges.commands() if arguments.edges else commands():
+    for line in lines:
         minutes = (end - time.monotonic()) / 60
         if minutes <= 0:
             break

@@ -50,9 +50,13 @@ class Down(nn.Module):
         """The input itself."""
         return z_MF
 
+    def hidden(self, z_MF: Tensor) -> Tensor:
+        """``act(z)``, ``[M, F]``."""
+        return activate(z_MF, self.activation)
+
     def forward(self, z_MF: Tensor) -> Tensor:
         """``act(z) @ W_down^T``."""
-        return self.down(activate(z_MF, self.activation))
+        return self.down(self.hidden(z_MF))
 
 
 class FeedForward(nn.Module):
@@ -76,12 +80,14 @@ class FeedForward(nn.Module):
         """What the activation is applied to, ``[M, F]``."""
         return self.gate(x_MD)
 
-    def forward(self, x_MD: Tensor) -> Tensor:
-        """``act(x @ W_gate^T) [* (x @ W_up^T)] @ W_down^T``."""
+    def hidden(self, x_MD: Tensor) -> Tensor:
+        """``act(x @ W_gate^T) [* (x @ W_up^T)]``, ``[M, F]``."""
         hidden_MF = activate(self.gate(x_MD), self.activation)
-        if self.up is not None:
-            hidden_MF = hidden_MF * self.up(x_MD)
-        return self.down(hidden_MF)
+        return hidden_MF if self.up is None else hidden_MF * self.up(x_MD)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        """``hidden(x) @ W_down^T``."""
+        return self.down(self.hidden(x_MD))
 
 
 Model = Down | FeedForward
@@ -220,16 +226,9 @@ def union_density(model: Model, x: Tensor) -> float:
 def dropped_energy(model: Model, x: Tensor) -> float:
     """Fraction of the activation's sum of squares that the 2:4 format would drop."""
     with torch.no_grad():
-        z_MF, gate = model.pre_activation(sample(x)), None
-        hidden_MF, select = activate(z_MF, model.activation), "largest"
-        if isinstance(model, FeedForward) and model.up is not None:
-            gate, select = model.up(sample(x)), "largest_abs"
-            hidden_MF = hidden_MF * gate
-        values, _ = reference.sparsify24(z_MF, model.activation, select, gate)
-        hidden_MF = hidden_MF.float()
-        kept = values.float().square().sum(dtype=torch.float64)
-        total = hidden_MF.square().sum(dtype=torch.float64)
-        return max(0.0, 1.0 - (kept / total.clamp_min(1e-300)).item())
+        hidden_MF = model.hidden(sample(x))
+    # Of values that are not negative the largest magnitudes are the largest values.
+    return reference.dropped_energy(hidden_MF, "identity", "largest_abs")
 
 
 def sample(x: Tensor) -> Tensor:

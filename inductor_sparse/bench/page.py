@@ -137,7 +137,8 @@ def ffn_table(rows: Sequence[Row]) -> str:
 def edges_table(rows: Sequence[Row]) -> str:
     """The cases of `bench grid --edges`: one line for each."""
     lines = _lines(
-        rows, lambda r: (r["op"], r["gated"], _ffn_type(r), _kind(r), *_sizes(r))
+        rows,
+        lambda r: (_op(r), _ffn_type(r), _kind(r), *_size(r), r["tokens"]),
     )
     return _table(
         lines,
@@ -270,10 +271,6 @@ def _product(row: Row) -> str:
 
 def _op(row: Row) -> str:
     return f"gated {row['op']}" if row["gated"] else row["op"]
-
-
-def _sizes(row: Row) -> tuple[object, ...]:
-    return (row["features"], row["hidden"], row["tokens"])
 
 
 def _kind(row: Row) -> str:

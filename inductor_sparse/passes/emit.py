@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,6 @@ from inductor_sparse.passes.activations import as_relu, as_relu_squared
 from inductor_sparse.passes.fx_utils import (
     VIEWS,
     aten,
-    input_of,
     insert_call,
     is_call,
     is_row_major,
@@ -98,11 +98,14 @@ def shared_call(
     kwargs: dict[str, Any] | None = None,
 ) -> fx.Node:
     """An equal call that exists before a node already, else a new one there."""
-    for user in args[0].users:
-        same = is_call(user, {target}) and user.args == args
-        if same and user.kwargs == (kwargs or {}) and user < before:
-            return user
-    return insert_call(before, target, args, kwargs)
+    found = _equal_call(before, target, args, kwargs or {})
+    return found or insert_call(before, target, args, kwargs)
+
+
+def shared_items(node: fx.Node, count: int, before: fx.Node) -> tuple[fx.Node, ...]:
+    """The first results of a call that has several."""
+    getitem = operator.getitem
+    return tuple(shared_call(before, getitem, (node, i)) for i in range(count))
 
 
 def first_equal(node: fx.Node) -> fx.Node:
@@ -112,8 +115,15 @@ def first_equal(node: fx.Node) -> fx.Node:
     """
     if not is_call(node, VIEWS):
         return node
-    for user in input_of(node).users:
-        same = is_call(user, {node.target}) and user.args == node.args
-        if same and user.kwargs == node.kwargs and user < node:
+    return _equal_call(node, node.target, node.args, node.kwargs) or node
+
+
+def _equal_call(
+    before: fx.Node, target: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.Node | None:
+    """A call of this kind before a node, or None."""
+    for user in args[0].users:
+        same = is_call(user, {target}) and user.args == args
+        if same and user.kwargs == kwargs and user < before:
             return user
-    return node
+    return None

@@ -32,7 +32,7 @@ from inductor_sparse.passes.gpu_skipping import (
     last,
     read_skipping,
 )
-from inductor_sparse.passes.packing import is_gated, replaces_activation
+from inductor_sparse.passes.packing import read_packable, replaces_activation
 from inductor_sparse.passes.quantized_ffn import QuantizedFfn, read_ffn
 from inductor_sparse.passes.sites import Rejection, Site
 from inductor_sparse.profitability import cuda, has_kernel
@@ -144,8 +144,8 @@ def choose_on_gpu(
             or kernel_obstacle((rule.op,), site.dtype, decision.arch, context)
         )
     dense = replaces_activation(site)
-    how = context.cuda_graphs, is_gated(site)
-    packing = Packing(site.dtype, site.dtype, dense, *how)
+    gated = read_packable(site, replaced=dense).up is not None
+    packing = Packing(site.dtype, site.dtype, dense, context.cuda_graphs, gated)
     if wanted != "exact" and (rule.packs or wanted == "2:4"):
         packing, found = _packing(rule, site, packing, context)
         unmeasured = None if wanted == "2:4" else order_obstacle(site)

@@ -21,6 +21,7 @@ from inductor_sparse.passes.emit import (
     first_equal,
     replay_views,
     shared_call,
+    shared_items,
 )
 from inductor_sparse.passes.fx_utils import (
     ORDERED_VIEWS,
@@ -88,14 +89,17 @@ class Packable:
         return shared_call(before, target, args, gate)
 
 
-def read_packable(site: Site, *, replaced: bool = True) -> Packable:
+def read_packable(site: Site, *, replaced: bool | None = None) -> Packable:
     """What is packed for the left operand of a site.
 
     Args:
-        site: the second matmul of an FFN.
-        replaced: whether the activation is read by nothing that stays.  A product that
-            is written for others anyway is packed from there.
+        site: the last matmul of an FFN.
+        replaced: whether the activation is read by nothing that stays; None to look,
+            as :func:`replaces_activation` does.  A product that is written for others
+            anyway is packed from there.
     """
+    if replaced is None:
+        replaced = replaces_activation(site)
     gated = _read_gated(site) if replaced else None
     if gated is not None:
         return gated
@@ -137,11 +141,6 @@ def _lie_in_memory(*nodes: fx.Node | None) -> bool:
     return all(one.op == "placeholder" or is_call(one, _STORED) for one in sources)
 
 
-def is_gated(site: Site) -> bool:
-    """Whether packing multiplies a gate by its factor itself."""
-    return replaces_activation(site) and _read_gated(site) is not None
-
-
 def replaces_activation(site: Site) -> bool:
     """Whether a pack takes the place of the kernel that writes the activation.
 
@@ -171,7 +170,7 @@ def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:
     Two matmuls of one activation share what is packed.  With ``fuse`` a linear layer
     before the activation is computed and packed in one, if nothing else needs it.
     """
-    packable = read_packable(site, replaced=replaces_activation(site))
+    packable = read_packable(site)
     linear = _linear_before(packable, site) if fuse else None
     if linear is not None:
         target = _ops.linear_sparsify24.default
@@ -179,9 +178,7 @@ def emit_sparse24(site: Site, *, fuse: bool) -> fx.Node:
         packed = shared_call(site.matmul, target, arguments)
     else:
         packed = packable.emit(_ops.sparsify24.default, site.matmul)
-    values, metadata = (
-        shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(2)
-    )
+    values, metadata = shared_items(packed, 2, site.matmul)
     return insert_call(
         site.matmul, _ops.sparse24_mm.default, (values, metadata, site.rhs)
     )

@@ -25,7 +25,6 @@ Shape legend: M tokens, D model, F hidden, N output features.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,6 +38,7 @@ from inductor_sparse.passes.emit import (
     first_equal,
     scaled_and_shifted,
     shared_call,
+    shared_items,
 )
 from inductor_sparse.passes.fx_utils import (
     ORDERED_VIEWS,
@@ -60,7 +60,6 @@ from inductor_sparse.passes.packing import (
     is_only_read_by,
     read_factors,
     read_packable,
-    replaces_activation,
 )
 from inductor_sparse.passes.producers import Family
 from inductor_sparse.passes.sites import MATMULS, Rejection, Site, read_site
@@ -259,10 +258,9 @@ def _emit_packing(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
     for first in ffn.firsts:
         _emit_first(first, ffn.dtype)
     # The operands are others now, and the producer is read anew.
-    site = dataclasses.replace(site)
-    packable = read_packable(site, replaced=replaces_activation(site))
+    packable = read_packable(dataclasses.replace(site))
     target = _ops.sparsify24_quantized.default
-    return _items(packable.emit(target, site.matmul, ffn.dtype), 3, site.matmul)
+    return shared_items(packable.emit(target, site.matmul, ffn.dtype), 3, site.matmul)
 
 
 def _emit_fused(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
@@ -273,13 +271,13 @@ def _emit_fused(site: Site, ffn: QuantizedFfn) -> tuple[fx.Node, ...]:
     activation, select = packable.activation, packable.select
     rows = shared_call(before, _ops.quantize_rows.default, (first.lhs, ffn.dtype))
     weight = shared_call(before, _ops.quantized_weight.default, one.weight.args)
-    x, w1 = _items(rows, 2, before), _items(weight, 3, before)
+    x, w1 = shared_items(rows, 2, before), shared_items(weight, 3, before)
     bias = () if first.bias is None else (first.bias,)
     row_scale = insert_traced(before, _predicted(activation), (*x, w1[2], *bias))
     arguments = (*x, *w1[:2], first.bias, row_scale, activation, select)
     target = _ops.linear_sparsify24_quantized.default
     packed = insert_call(before, target, arguments)
-    return (*_items(packed, 2, before), row_scale)
+    return (*shared_items(packed, 2, before), row_scale)
 
 
 def _predicted(activation: str) -> Callable[..., Tensor]:
@@ -290,12 +288,6 @@ def _predicted(activation: str) -> Callable[..., Tensor]:
         return reference.predicted_scale(x, x_scale, norm, given, activation)
 
     return scale
-
-
-def _items(node: fx.Node, count: int, before: fx.Node) -> tuple[fx.Node, ...]:
-    """The first results of a call that has several."""
-    getitem = operator.getitem
-    return tuple(shared_call(before, getitem, (node, i)) for i in range(count))
 
 
 def quantized_bytes(*windows: Copy) -> int:
@@ -336,7 +328,7 @@ def emit_quantized_rows(site: Site, window: Copy) -> fx.Node:
 def _emit_quantized(window: Copy, before: fx.Node) -> tuple[fx.Node, fx.Node]:
     """``(values, scale)``: a window of a weight, its rows quantized."""
     node = shared_call(before, _ops.quantized_weight.default, window.args)
-    values, scale = _items(node, 2, before)
+    values, scale = shared_items(node, 2, before)
     return values, scale
 
 
@@ -351,7 +343,7 @@ def _emit_first(one: First, dtype: torch.dtype) -> None:
     first, before = one.site, one.site.matmul
     x = first_equal(first.lhs)
     rows = shared_call(before, _ops.quantize_rows.default, (x, dtype))
-    x_MD, scale_M = _items(rows, 2, before)
+    x_MD, scale_M = shared_items(rows, 2, before)
     w_DF, scale_F = _emit_weight(one.weight, before)
     column = insert_call(before, aten.unsqueeze.default, (scale_M, 1))
     row = insert_call(before, aten.unsqueeze.default, (scale_F, 0))

@@ -12,7 +12,6 @@ Shape legend: M tokens, K reduction, N output features.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +27,7 @@ from inductor_sparse.passes.base import (
     unsupported_size,
 )
 from inductor_sparse.passes.choice import Regime
-from inductor_sparse.passes.emit import shared_call
+from inductor_sparse.passes.emit import shared_items
 from inductor_sparse.passes.fx_utils import (
     aten,
     input_of,
@@ -82,9 +81,7 @@ class ScaledMatmul(Rule):
             .behind(quantized.views)
             .emit(_ops.sparsify24_quantized.default, site.matmul, _FP8)
         )
-        values, metadata, row_scale = (
-            shared_call(site.matmul, operator.getitem, (packed, i)) for i in range(3)
-        )
+        values, metadata, row_scale = shared_items(packed, 3, site.matmul)
         return insert_call(
             site.matmul,
             _ops.sparse24_mm.default,
@@ -136,8 +133,7 @@ class ScaledMatmul(Rule):
         ops = ("sparsify24_quantized", "sparse24_mm")
         dtype = str(_FP8).removeprefix("torch.")
         obstacle = kernel_obstacle(ops, dtype, decision.arch, context)
-        replaces = _replaces_activation(site)
-        gated = replaces and _packable(site).up is not None
+        replaces, gated = _replaces_activation(site), _packable(site).up is not None
         packing = Packing(dtype, dtype, replaces, context.cuda_graphs, gated)
         choice = choose(site, decision, {Regime.PACK: obstacle}, packing, context)
         if isinstance(choice, Rejection):
