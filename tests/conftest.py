@@ -90,3 +90,12 @@ def _no_structured_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("torch.__trace")
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logger, "handlers", [])
+
+
+@pytest.fixture
+def launched_by_cuda_graphs() -> Iterator[None]:
+    """As a caller says who captures what is compiled in CUDA graphs."""
+    from inductor_sparse import config
+
+    with config.patch(cuda_graphs=True):
+        yield

@@ -29,7 +29,8 @@ def awkward(M: int, K: int, dtype: torch.dtype, finite: bool = False) -> Tensor:
 
 
 def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Whether all bits agree, those of NaN aside."""
+    """Whether all bits agree, those of NaN aside; the first may be on a GPU."""
+    actual = actual.cpu()
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
     nan = actual.float().isnan() & expected.float().isnan()
     return bool(((actual.view(bits) == expected.view(bits)) | nan).all())
@@ -116,3 +117,25 @@ def quantizable(K: int, dtype: torch.dtype) -> Tensor:
     x[7] = torch.arange(K) - K // 2  # exact ties in int8
     x[7, 0] = 127
     return x
+
+
+def assert_quantized(
+    interpreter: Interpreter,
+    x: Tensor,
+    way: tuple[str, str],
+    whole: bool,
+    dtype: torch.dtype,
+    up: Tensor | None = None,
+) -> None:
+    """Whether the kernel quantizes and packs as the op defines it, bit for bit.
+
+    It holds ``whole`` rows, or reads them twice in pieces.
+    """
+    plan = sparsify24_cuda.row_plan(x.shape[1])
+    if not whole:
+        plan = plan._replace(whole=False, block_k=64)
+    results = quantize(interpreter, x, way, dtype, plan, up=up)
+    expected = ops.sparsify24_quantized(x, *way, dtype, up=up)
+    assert torch.equal(results[1], expected[1])
+    assert same_bits(results[0], expected[0])
+    assert same_bits(results[2], expected[2])

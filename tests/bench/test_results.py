@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,10 @@ import pytest
 
 from inductor_sparse.bench import commands, edges
 from inductor_sparse.bench.ffn import row_key
-from inductor_sparse.bench.rows import FEW_TOKENS, is_current
+from inductor_sparse.bench.rows import FEW_TOKENS, is_current, read_rows
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-TEXT = (RESULTS / "h200.jsonl").read_text(encoding="utf-8")
-ROWS = [json.loads(line) for line in TEXT.splitlines()]
-EDGES = [
-    json.loads(line)
-    for line in (RESULTS / "h200-edges.jsonl").read_text(encoding="utf-8").splitlines()
-]
+ROWS, EDGES = (read_rows(RESULTS / f"{n}.jsonl") for n in ("h200", "h200-edges"))
 OF_MODELS = [row for row in ROWS if row["op"] in ("down", "ffn")]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from packing_kernels import same_bits
 from torch import Tensor
 
 from inductor_sparse import formats, lowerings, ops, reference
@@ -37,14 +38,6 @@ def any_bits(M: int, K: int, dtype: torch.dtype, share: float = 0.3) -> Tensor:
     chance = torch.rand(M, K, generator=generator)
     x = torch.where(chance < share, bits.view(dtype), x)
     return torch.where(chance > 0.9, -0.0, x.double()).to(dtype)
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Whether all bits agree, those of NaN aside."""
-    actual = actual.cpu()
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
-    nan = actual.float().isnan() & expected.float().isnan()
-    return bool(((actual.view(bits) == expected.view(bits)) | nan).all())
 
 
 def needs(dtype: torch.dtype) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from packing_kernels import FORMATS, awkward, quantizable, quantize, same_bits, select
+from packing_kernels import (
+    FORMATS,
+    assert_quantized,
+    awkward,
+    quantizable,
+    same_bits,
+    select,
+)
 from triton_interpreter import Interpreter
 
 from inductor_sparse import ops, reference
@@ -57,14 +64,7 @@ def test_sparsify24_quantized_of_a_gated_product(
     dtype: torch.dtype,
 ) -> None:
     x, up = quantizable(K, source), awkward(9, 2 * K, source, finite=True)[:, ::2]
-    plan = sparsify24_cuda.row_plan(K)
-    if not whole:
-        plan = plan._replace(whole=False, block_k=64)
-    results = quantize(interpreter, x, way, dtype, plan, up=up)
-    expected = ops.sparsify24_quantized(x, *way, dtype, up=up)
-    assert torch.equal(results[1], expected[1])
-    assert same_bits(results[0], expected[0])
-    assert same_bits(results[2], expected[2])
+    assert_quantized(interpreter, x, way, whole, dtype, up)
 
 
 def test_energy_of_a_gated_product(interpreter: Interpreter) -> None:

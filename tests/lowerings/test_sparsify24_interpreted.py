@@ -15,6 +15,7 @@ from packing_kernels import (
     FORMATS,
     INF,
     NAN,
+    assert_quantized,
     awkward,
     quantizable,
     quantize,
@@ -131,15 +132,7 @@ def test_sparsify24_quantized(
     whole: bool,
     dtype: torch.dtype,
 ) -> None:
-    x = quantizable(K, source)
-    plan = sparsify24_cuda.row_plan(K)
-    if not whole:
-        plan = plan._replace(whole=False, block_k=64)
-    results = quantize(interpreter, x, way, dtype, plan)
-    expected = ops.sparsify24_quantized(x, *way, dtype)
-    assert torch.equal(results[1], expected[1])
-    assert same_bits(results[0], expected[0])
-    assert same_bits(results[2], expected[2])
+    assert_quantized(interpreter, quantizable(K, source), way, whole, dtype)
 
 
 @settings(max_examples=6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,19 +13,14 @@ from row_quantization import FP8, WAYS, Quantized, product
 from torch import Tensor, fx
 from tracing import calls, rewrite, trace
 
-from inductor_sparse import config
 from inductor_sparse.decisions import Decision, Status
 from inductor_sparse.passes.fx_utils import VIEWS, peel
 from inductor_sparse.profitability import cuda
 
+pytestmark = pytest.mark.usefixtures("launched_by_cuda_graphs")
+
 D, H = 4096, 11008
 Function = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _launched_by_cuda_graphs() -> Iterator[None]:
-    with config.patch(cuda_graphs=True):
-        yield
 
 
 def relu_glu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

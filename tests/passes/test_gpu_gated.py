@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,18 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from tracing import calls, rewrite_one
 
-from inductor_sparse import config
 from inductor_sparse.decisions import Decision, Reason
 from inductor_sparse.plan import Plan, SitePlan
 from inductor_sparse.profitability import cuda
 
+pytestmark = pytest.mark.usefixtures("launched_by_cuda_graphs")
+
 K, N = 14336, 4096
-
-
-@pytest.fixture(autouse=True)
-def _launched_by_cuda_graphs() -> Iterator[None]:
-    with config.patch(cuda_graphs=True):
-        yield
 
 
 def glu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +15,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from tracing import calls, rewrite, trace
 
-from inductor_sparse import config, profitability
+from inductor_sparse import profitability
 from inductor_sparse.decisions import GraphDecisions, Reason, Status
 from inductor_sparse.plan import Plan, SitePlan
 
+pytestmark = pytest.mark.usefixtures("launched_by_cuda_graphs")
+
 K, N = 16384, 4096
 MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16", graphs=True)
-
-
-@pytest.fixture(autouse=True)
-def _launched_by_cuda_graphs() -> Iterator[None]:
-    with config.patch(cuda_graphs=True):
-        yield
 
 
 def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +17,8 @@ from inductor_sparse import config, profitability
 from inductor_sparse.decisions import Decision, Reason, Status, Tier
 from inductor_sparse.plan import Plan, SitePlan
 
+pytestmark = pytest.mark.usefixtures("launched_by_cuda_graphs")
+
 K, N = 16384, 4096
 FEW = profitability.cuda.decode_max_tokens(K, N, "bfloat16", None)
 MANY = profitability.cuda.prefill_min_tokens(K, N, "bfloat16", graphs=True)
@@ -26,12 +28,6 @@ LIMITS = (
 )
 HALF = [torch.bfloat16, torch.float16]
 UNVERIFIED = {"allow_unverified": True}
-
-
-@pytest.fixture(autouse=True)
-def _launched_by_cuda_graphs() -> Iterator[None]:
-    with config.patch(cuda_graphs=True):
-        yield
 
 
 def ffn(x: Tensor, w: Tensor) -> Tensor:
